@@ -1,0 +1,1 @@
+"""Measuring: timing, ceilings, power, workloads and the records they are kept in."""

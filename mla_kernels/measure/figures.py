@@ -1,0 +1,140 @@
+"""Figures derived from records: the one place where FLOP, bytes, rates, intervals and energy are defined.
+
+Counted is an absorbed MLA decode of ``s_q`` query tokens and ``h_q`` heads over a latent cache of 576 values a
+token (512 latent + 64 rope), of which the first 512 are also the values.
+"""
+
+from __future__ import annotations
+
+import math
+
+from .records import Ceiling, Measurement, Mode, Point, Record, Workload
+
+HEAD_DIM_QK = 576
+HEAD_DIM_V = 512
+ELEMENT_BYTES = 2  # bf16 and fp16
+
+HBM_READ = "hbm_read"  # ceiling: read-only streaming of a buffer much larger than L2, TB/s
+MATMUL = "matmul_bf16_8192"  # ceiling: torch.matmul of 8192^3 bf16 random values, TFLOP/s
+DECODE = "mla_kernels"
+
+
+def flop(workload: Workload) -> int:
+    """2 · Σ(s_q · h_q · kv_len) · (576 + 512). A causal mask subtracts nothing."""
+    return 2 * workload.s_q * workload.h_q * sum(workload.lengths) * (HEAD_DIM_QK + HEAD_DIM_V)
+
+
+def kv_bytes(workload: Workload) -> int:
+    """Σ kv_len · 1152: every cached token once."""
+    return sum(workload.lengths) * HEAD_DIM_QK * ELEMENT_BYTES
+
+
+def moved_bytes(workload: Workload) -> int:
+    """Least traffic with HBM: each cached token and q read once, out written once (LSE, tables left out)."""
+    rows = workload.b * workload.s_q * workload.h_q
+    return kv_bytes(workload) + rows * (HEAD_DIM_QK + HEAD_DIM_V) * ELEMENT_BYTES
+
+
+def intensity(workload: Workload) -> float:
+    """FLOP per byte of HBM traffic."""
+    return flop(workload) / moved_bytes(workload)
+
+
+def query_rows(workload: Workload) -> int:
+    """Query rows that share one sequence's KV: s_q · h_q."""
+    return workload.s_q * workload.h_q
+
+
+def point_flop(point: Point) -> int:
+    """Useful FLOP of one call; the stream block does none."""
+    return 0 if point.implementation == "block:stream" else flop(point.workload)
+
+
+def point_bytes(point: Point) -> int:
+    """Least HBM bytes of one call: none for the mma block, the KV alone for stream and skeleton."""
+    if point.implementation == "block:mma":
+        return 0
+    return moved_bytes(point.workload) if point.is_attention else kv_bytes(point.workload)
+
+
+def median_us(measurement: Measurement) -> float:
+    """Time of one call in µs: median of a burst's samples, window over calls when sustained."""
+    return measurement.per_call_us
+
+
+def interval_us(measurement: Measurement, level: float = 0.95) -> tuple[float, float]:
+    """Confidence interval of the median sample, in µs, from order statistics (no distribution assumed).
+
+    The widest interval available (min, max) where the samples are too few for ``level``.
+    """
+    samples = sorted(measurement.samples_us)
+    n, rank = len(samples), 0
+    outside = 2 / 2**n  # P(the median lies outside samples[rank] .. samples[n - 1 - rank])
+    while (wider := outside + 2 * math.comb(n, rank + 1) / 2**n) <= 1 - level:
+        outside, rank = wider, rank + 1
+    return samples[rank], samples[n - 1 - rank]
+
+
+def tflops(point: Point) -> float:
+    """Useful TFLOP/s."""
+    return point_flop(point) / point.per_call_us / 1e6
+
+
+def tb_s(point: Point) -> float:
+    """Least HBM traffic over time, TB/s."""
+    return point_bytes(point) / point.per_call_us / 1e6
+
+
+def tokens(workload: Workload) -> int:
+    """Tokens one call decodes in one layer: b · s_q."""
+    return workload.b * workload.s_q
+
+
+def joules_per_token(point: Point) -> float | None:
+    """Energy of one layer's attention for one query token: mean power · time / (b · s_q).
+
+    None where the point is not sustained or no power was read.
+    """
+    if point.sustained is None or (power := point.sustained.mean_power_w) is None:
+        return None
+    return power * point.per_call_us / 1e6 / tokens(point.workload)
+
+
+def find_ceiling(record: Record, name: str, mode: Mode = "burst") -> Ceiling:
+    """The ceiling of that name and mode. Raises LookupError naming what the record has."""
+    for ceiling in record.ceilings:
+        if (ceiling.name, ceiling.mode) == (name, mode):
+            return ceiling
+    has = ", ".join(f"{c.name} ({c.mode})" for c in record.ceilings) or "none"
+    raise LookupError(f"record {record.experiment!r} has no {mode} ceiling {name!r}; it has: {has}")
+
+
+def bandwidth_share(record: Record, point: Point) -> float:
+    """TB/s of a point over the same run's read-only bandwidth in the same mode."""
+    return tb_s(point) / find_ceiling(record, HBM_READ, point.mode).value
+
+
+def compute_share(record: Record, point: Point) -> float:
+    """TFLOP/s of a point over the same run's matmul in the same mode."""
+    return tflops(point) / find_ceiling(record, MATMUL, point.mode).value
+
+
+def floor_us(record: Record, workload: Workload, mode: Mode = "burst") -> float:
+    """Roofline: the longer of the bytes at the read ceiling and the FLOP at the matmul ceiling, in µs."""
+    bytes_us = moved_bytes(workload) / find_ceiling(record, HBM_READ, mode).value / 1e6
+    flop_us = flop(workload) / find_ceiling(record, MATMUL, mode).value / 1e6
+    return max(bytes_us, flop_us)
+
+
+def counterpart(record: Record, point: Point, implementation: str) -> Point | None:
+    """Another implementation's timed point at the same workload, mode and rotation, or None."""
+    for other in record.points:
+        same = (other.workload, other.mode, other.kv_sets) == (point.workload, point.mode, point.kv_sets)
+        if same and other.implementation == implementation and other.status == "ok":
+            return other
+    return None
+
+
+def speed_ratio(point: Point, other: Point) -> float:
+    """``point``'s speed over ``other``'s at one workload: above 1 is faster."""
+    return other.per_call_us / point.per_call_us

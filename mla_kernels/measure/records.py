@@ -1,0 +1,361 @@
+"""The record: one JSON file for one experiment on one GPU, and the only form in which a measurement is kept.
+
+A record holds what was observed (raw samples in microseconds, clocks, power, counters) and where it came from
+(commit, source digests, device, software, method). TFLOP/s, TB/s, intervals and joules per token are derived
+in ``figures.py`` and never stored; the properties below that look derived (``per_call_us``, ``value``,
+``mean_power_w``) are computed when read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+SCHEMA_VERSION = 1
+REMEDY = "restore the file from git, or measure again with `make record` on a GPU"
+
+# Largest error that an implementation may have and still be timed: relative L2 of out by dtype, absolute LSE.
+OUT_REL_L2_LIMIT = {"bf16": 3e-3, "fp16": 5e-4}
+LSE_MAX_ABS_LIMIT = 1e-5
+
+Microseconds = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Mode = Literal["burst", "sustained"]
+
+
+class RecordError(Exception):
+    """A record that cannot be used. The message names the file, the field, what was found and the remedy."""
+
+    def __init__(self, path: str | os.PathLike, field: str, found: str, remedy: str = REMEDY):
+        self.path, self.field, self.found, self.remedy = Path(path), field, found, remedy
+        super().__init__(f"{path}: {field}: {found}; {remedy}")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Run(_Section):
+    """One run of the recorder. ``commit`` is the measured tree; ``dirty`` says it had uncommitted changes."""
+
+    id: str
+    utc: AwareDatetime
+    commit: Annotated[str, Field(pattern=r"^[0-9a-f]{7,40}$")]
+    dirty: bool
+    command: str
+
+
+class Kernel(_Section):
+    """A compiled kernel: ``source`` is a file of ``mla_kernels/cuda``, ``digest`` its source_digest()."""
+
+    name: str
+    source: str
+    digest: Sha256
+    options: list[str]
+    cubin_sha256: Sha256
+    registers: Count
+    stack_bytes: Count
+    shared_bytes: Count
+
+
+class Source(_Section):
+    kernels: list[Kernel] = []
+
+
+class Device(_Section):
+    name: str
+    compute_capability: Annotated[str, Field(pattern=r"^\d+\.\d+$")]
+    driver: str
+    sms: Annotated[int, Field(gt=0)]
+    l2_bytes: Annotated[int, Field(gt=0)]
+    memory_bytes: Annotated[int, Field(gt=0)]
+    sm_clock_max_mhz: Count | None
+    mem_clock_max_mhz: Count | None
+    power_limit_w: float | None
+
+
+class Software(_Section):
+    python: str
+    torch: str | None
+    cupy: str | None
+    nvrtc: str | None
+    triton: str | None
+    platform: str
+
+
+class Method(_Section):
+    """How the samples were taken: ``rounds`` samples a burst point, each a mean of ``calls_per_sample`` calls.
+
+    ``l2_rotation_bytes``: the KV sets that a point rotates through total at least this, unless they are one.
+    """
+
+    timer: str
+    warmup: str
+    rounds: Count
+    l2_rotation_bytes: Count
+    graph: bool
+    seed: int
+    sustained_seconds: Annotated[float, Field(ge=0)]
+    notes: list[str] = []
+
+
+class Telemetry(_Section):
+    """A snapshot of the card; a value the driver does not give is null."""
+
+    sm_mhz: Count | None
+    mem_mhz: Count | None
+    power_w: float | None
+    temperature_c: float | None
+    throttle: list[str]
+
+
+class Sustained(_Section):
+    """A window of uninterrupted load after the ramp-up: ``calls`` calls in ``seconds``.
+
+    ``energy_j`` is the difference of the card's energy counter over the window, null where there is none.
+    """
+
+    seconds: Annotated[float, Field(gt=0)]
+    calls: Annotated[int, Field(gt=0)]
+    ramp_seconds: Annotated[float, Field(ge=0)]
+    energy_j: Annotated[float, Field(gt=0)] | None
+    power_samples_w: list[float]
+    sm_mhz_samples: list[Count]
+    throttle: list[str]
+
+    @property
+    def mean_power_w(self) -> float | None:
+        """Watts over the window: from the energy counter, else the samples; None if neither is there."""
+        if self.energy_j is not None:
+            return self.energy_j / self.seconds
+        return statistics.fmean(self.power_samples_w) if self.power_samples_w else None
+
+
+class Measurement(_Section):
+    """What a timed loop leaves behind, whatever was timed."""
+
+    mode: Mode
+    samples_us: list[Microseconds] = []
+    calls_per_sample: Count = 0
+    before: Telemetry | None = None
+    after: Telemetry | None = None
+    sustained: Sustained | None = None
+
+    @property
+    def per_call_us(self) -> float:
+        """Time of one call in µs: median sample in a burst, window over its calls when sustained."""
+        if self.sustained is not None:
+            return 1e6 * self.sustained.seconds / self.sustained.calls
+        return statistics.median(self.samples_us)
+
+    def _require_samples(self) -> None:
+        if not self.samples_us or self.calls_per_sample < 1:
+            raise ValueError("a measurement needs samples_us and calls_per_sample >= 1")
+        if (self.mode == "sustained") != (self.sustained is not None):
+            must = "given" if self.mode == "sustained" else "null"
+            raise ValueError(f"mode is {self.mode!r}, so `sustained` must be {must}")
+
+
+class Ceiling(Measurement):
+    """A limit of this card measured in the same run: ``bytes`` read or ``flop`` done by one call."""
+
+    name: str
+    flop: Annotated[int, Field(gt=0)] | None = None
+    bytes: Annotated[int, Field(gt=0)] | None = None
+
+    @property
+    def unit(self) -> str:
+        return "TFLOP/s" if self.flop is not None else "TB/s"
+
+    @property
+    def value(self) -> float:
+        """The ceiling in ``unit``."""
+        return (self.flop if self.flop is not None else self.bytes) / self.per_call_us / 1e6
+
+    @model_validator(mode="after")
+    def _check(self) -> Ceiling:
+        self._require_samples()
+        if (self.flop is None) == (self.bytes is None):
+            raise ValueError("a ceiling counts either flop or bytes")
+        return self
+
+
+class Workload(_Section):
+    """One decode call: ``mean_len`` and ``sd_len`` were asked for, ``lengths`` (KV tokens) drawn."""
+
+    b: Annotated[int, Field(gt=0)]
+    h_q: Annotated[int, Field(gt=0)]
+    s_q: Annotated[int, Field(gt=0)]
+    dtype: Literal["bf16", "fp16"] = "bf16"
+    causal: bool = False
+    page_size: Annotated[int, Field(gt=0)] = 64
+    lengths_kind: Literal["uniform", "normal", "lognormal", "explicit"] = "uniform"
+    mean_len: Annotated[float, Field(ge=0)]
+    sd_len: Annotated[float, Field(ge=0)] = 0.0
+    lengths: list[Count]
+
+    @model_validator(mode="after")
+    def _check(self) -> Workload:
+        if len(self.lengths) != self.b:
+            raise ValueError(f"b is {self.b} but lengths holds {len(self.lengths)} values")
+        return self
+
+
+class Accuracy(_Section):
+    """Error against the fp64 oracle on the inputs that were timed; ``reference`` says what was compared."""
+
+    out_rel_l2: Annotated[float, Field(ge=0)]
+    lse_max_abs: Annotated[float, Field(ge=0)] | None
+    reference: str
+
+    def excess(self, dtype: str) -> str | None:
+        """The limit that this error passes, in words, or None when it is within all of them."""
+        if self.out_rel_l2 > OUT_REL_L2_LIMIT[dtype]:
+            return f"out relative L2 error {self.out_rel_l2:.2e} over {OUT_REL_L2_LIMIT[dtype]:.0e} ({dtype})"
+        if self.lse_max_abs is not None and self.lse_max_abs > LSE_MAX_ABS_LIMIT:
+            return f"lse absolute error {self.lse_max_abs:.2e} over {LSE_MAX_ABS_LIMIT:.0e}"
+        return None
+
+
+class Point(Measurement):
+    """One implementation at one workload.
+
+    ``implementation``: "mla_kernels", a building block ("block:stream", "block:mma", "block:skeleton"), a peer.
+    ``kv_sets``: KV caches rotated through; 1 means that the same cache is read again by every call.
+    ``counters``: of one call, from the profiler; where they were asked for and not had, null and a reason.
+    """
+
+    implementation: str
+    workload: Workload
+    status: Literal["ok", "failed", "skipped"]
+    reason: str | None = None
+    error: Accuracy | None = None
+    kv_sets: Annotated[int, Field(ge=0)] = 0
+    counters: dict[str, float] | None = None
+    counters_reason: str | None = None
+
+    @property
+    def is_attention(self) -> bool:
+        """False for building blocks, whose output means nothing and cannot be checked."""
+        return not self.implementation.startswith("block:")
+
+    @model_validator(mode="after")
+    def _check(self) -> Point:
+        if self.status != "ok":
+            if not self.reason:
+                raise ValueError(f"status is {self.status!r}, so `reason` must say why")
+            if self.samples_us or self.sustained:
+                raise ValueError(f"status is {self.status!r}, so there must be no samples")
+            return self
+        self._require_samples()
+        if self.kv_sets < 1:
+            raise ValueError("a timed point needs kv_sets >= 1")
+        if self.is_attention:
+            if self.error is None:
+                raise ValueError("no time without a correctness check: `error` is null")
+            if excess := self.error.excess(self.workload.dtype):
+                raise ValueError(f"no time for a wrong result: {excess}")
+        elif self.error is not None:
+            raise ValueError("a building block computes no attention, so `error` must be null")
+        return self
+
+
+class Suite(_Section):
+    passed: Count
+    failed: Count
+    skipped: Count
+
+
+class Verification(_Section):
+    """Outcome of the GPU tests: counts by suite; worst error by name, e.g. "out_rel_l2/bf16"."""
+
+    suites: dict[str, Suite]
+    worst: dict[str, float]
+
+
+class Record(_Section):
+    schema_version: Literal[SCHEMA_VERSION] = SCHEMA_VERSION
+    experiment: str
+    run: Run
+    source: Source
+    device: Device
+    software: Software
+    method: Method | None = None
+    ceilings: list[Ceiling] = []
+    points: list[Point] = []
+    verification: Verification | None = None
+
+
+def load_record(path: str | os.PathLike) -> Record:
+    """Read and validate a record. Raises RecordError for anything but a whole record of this schema."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecordError(path, "(file)", "does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecordError(path, "(file)", f"cannot be read as UTF-8 text: {error}") from None
+    if not text.strip():
+        raise RecordError(path, "(file)", "is empty")
+    try:
+        fields = json.loads(text)
+    except ValueError as error:
+        raise RecordError(path, "(file)", f"is not whole JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise RecordError(path, "(file)", f"holds a JSON {type(fields).__name__}, not an object")
+    if (version := fields.get("schema_version")) != SCHEMA_VERSION:
+        found = f"is {version!r}, this code reads {SCHEMA_VERSION}"
+        raise RecordError(path, "schema_version", found, "use the matching version of the code, or " + REMEDY)
+    try:
+        return Record.model_validate(fields)
+    except ValidationError as error:
+        raise RecordError(path, *_first_problem(error)) from None
+
+
+def save_record(record: Record, path: str | os.PathLike) -> None:
+    """Write a record so that ``path`` holds either the old or the new one whole, whenever the process dies.
+
+    Raises RecordError, and writes nothing, when the record is not valid.
+    """
+    path = Path(path)
+    try:  # again: model_copy and model_construct skip validation
+        record = Record.model_validate(record.model_dump())
+    except ValidationError as error:
+        raise RecordError(path, *_first_problem(error), "nothing was written") from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(_to_json(record))
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(partial, 0o644)  # mkstemp makes it private
+        os.replace(partial, path)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
+
+
+def _to_json(record: Record) -> str:
+    """Indented, but with each list of numbers on one line: a diff of records stays readable."""
+    text = json.dumps(record.model_dump(mode="json"), indent=1, ensure_ascii=False)
+    numbers = re.compile(r"\[\n([-+\d.eE,\s]*?)\n\s*\]")  # a JSON string holds no raw newline
+    return numbers.sub(lambda match: "[" + " ".join(match[1].split()) + "]", text) + "\n"
+
+
+def _first_problem(error: ValidationError) -> tuple[str, str]:
+    """(dotted field, what was found) of the first of pydantic's errors, with the number of the others."""
+    problems = error.errors(include_url=False, include_context=False)
+    first = problems[0]
+    field = ".".join(map(str, first["loc"])) or "(file)"
+    value = repr(first["input"])
+    shown = "" if first["type"] == "missing" else f" (found {value[:80]}{'…' if len(value) > 80 else ''})"
+    more = f", and {len(problems) - 1} more problems" if len(problems) > 1 else ""
+    return field, f"{first['msg']}{shown}{more}"
