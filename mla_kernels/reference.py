@@ -1,0 +1,130 @@
+"""What MLA decode computes, in fp64: the oracle of every test and record. Read this before any kernel.
+
+Multi-head Latent Attention (DeepSeek-V2, section 2.1) caches one line per token instead of keys and
+values per head:
+
+    c_t = [ latent_t (512) | rope_t (64) ]                   576 numbers a token, shared by all heads
+
+A model up-projects the latent to keys and values of each head h, k_t,h = W_UK,h latent_t and
+v_t,h = W_UV,h latent_t. Decoding never does that. Since
+
+    q_nope,h . (W_UK,h latent_t)  =  (W_UK,h^T q_nope,h) . latent_t
+    sum_t p_t (W_UV,h latent_t)   =  W_UV,h (sum_t p_t latent_t)
+
+both matrices move out of the loop over tokens ("absorbed" into the projections before and after). With
+q_h = [ W_UK,h^T q_nope,h | q_rope,h ] what is left per query row is attention with one key-value head,
+in which the first 512 numbers of the key are the value:
+
+    s_t = softmax_scale * q_h . c_t         p = softmax(s)         lse = log(sum_t exp(s_t))
+    out_h = sum_t p_t c_t[:512]
+
+Every cache line is read once for all heads, which is why the arithmetic grows with s_q * h_q while the
+traffic does not. Lines live in pages: token t of sequence i is line t % page_size of page
+block_table[i, t // page_size].
+
+Rules all implementations here share:
+  * causal: row s of s_q sees positions < len - s_q + 1 + s (the last row sees everything);
+  * a row that sees nothing: out = 0, lse = -inf, so that it vanishes in a merge;
+  * a length < 0 or beyond the table, or a page id outside the pool on a page in use: NaN in out and lse of
+    that whole sequence, of no other, and no read outside the pool;
+  * slots past the length, pages and table entries not in use are never looked at: they may hold anything.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+CHUNK_BYTES = 4 << 30  # of fp64 scratch; the longest sequence alone may need more
+
+
+def mla_decode_reference(
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    *,
+    head_dim_v: int = 512,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """MLA decode in fp64, on the device of its inputs.
+
+    Args:
+        q: (b, s_q, h_q, d) of any float dtype; d is 576 in DeepSeek's models.
+        kv_cache: (num_pages, page_size, 1, d) or (num_pages, page_size, d), any page size and strides.
+        block_table: (b, max_pages) integer page ids.
+        cache_seqlens: (b,) integer lengths in tokens.
+        head_dim_v: leading numbers of a cache line that are the value.
+        softmax_scale: factor on the logits, d ** -0.5 when None.
+        causal: bottom-right aligned causal mask over the s_q query tokens.
+
+    Returns:
+        out (b, s_q, h_q, head_dim_v) and lse (b, h_q, s_q), natural logarithm, both fp64.
+    """
+    b, s_q, h_q, d = q.shape
+    pool = kv_cache.squeeze(2) if kv_cache.dim() == 4 else kv_cache
+    num_pages, page_size, _ = pool.shape
+    scale = d**-0.5 if softmax_scale is None else softmax_scale
+
+    capacity = block_table.shape[1] * page_size
+    table, lengths = block_table.long(), cache_seqlens.long()
+    page_in_use = torch.arange(table.shape[1], device=q.device) * page_size < lengths[:, None]
+    page_outside = (table < 0) | (table >= num_pages)
+    invalid = (lengths < 0) | (lengths > capacity) | (page_in_use & page_outside).any(1)
+    lengths = lengths.masked_fill(invalid, 0)
+
+    out = torch.zeros(b, s_q, h_q, head_dim_v, dtype=torch.float64, device=q.device)
+    lse = torch.full((b, h_q, s_q), float("-inf"), dtype=torch.float64, device=q.device)
+    for chunk, longest in _chunks_by_length(lengths, bytes_per_token=8 * (2 * d + 3 * s_q * h_q)):
+        position = torch.arange(longest, device=q.device)
+        in_use = position < lengths[chunk, None]  # (n, longest)
+        page = table[chunk][:, position // page_size].where(in_use, 0)
+        lines = pool[page, position % page_size].where(in_use[..., None], 0).double()  # (n, longest, d)
+
+        rows = q[chunk].double().flatten(1, 2)  # (n, s_q * h_q, d)
+        logits = (rows @ lines.mT).mul_(scale).unflatten(1, (s_q, h_q))  # (n, s_q, h_q, longest)
+        sees = lengths[chunk, None].expand(-1, s_q)
+        if causal:
+            sees = sees - s_q + 1 + torch.arange(s_q, device=q.device)
+        hidden = position >= sees[..., None]  # (n, s_q, longest)
+        logits.masked_fill_(hidden[:, :, None], float("-inf"))
+
+        row_lse = logits.logsumexp(-1)  # (n, s_q, h_q)
+        finite_lse = row_lse.masked_fill(row_lse == float("-inf"), 0)  # a blind row: exp(-inf - 0) = 0
+        p = logits.sub_(finite_lse[..., None]).exp_().flatten(1, 2)
+        out[chunk] = (p @ lines[..., :head_dim_v]).unflatten(1, (s_q, h_q))
+        lse[chunk] = row_lse.transpose(1, 2)
+    out[invalid] = float("nan")
+    lse[invalid] = float("nan")
+    return out, lse
+
+
+def merge_partials_reference(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over the union of n disjoint sets of tokens, from the results over each, in fp64.
+
+        lse = log(sum_i exp(lse_i))        out = sum_i exp(lse_i - lse) out_i
+
+    Args:
+        outs: (n, b, s_q, h_q, head_dim_v).
+        lses: (n, b, h_q, s_q), natural logarithm; a part with -inf has no weight.
+
+    Returns:
+        out (b, s_q, h_q, head_dim_v) and lse (b, h_q, s_q), both fp64.
+    """
+    lses = lses.double()
+    lse = lses.logsumexp(0)
+    weight = (lses - lse.masked_fill(lse == float("-inf"), 0)).exp()  # (n, b, h_q, s_q)
+    return (weight.transpose(2, 3)[..., None] * outs.double()).sum(0), lse
+
+
+def _chunks_by_length(lengths: torch.Tensor, bytes_per_token: int) -> Iterator[tuple[torch.Tensor, int]]:
+    """Groups of sequences of similar length, as (indices, longest length); empty sequences are left out."""
+    sorted_lengths, order = lengths.sort(descending=True, stable=True)
+    longest_first = sorted_lengths.tolist()
+    start = 0
+    while start < len(longest_first) and longest_first[start] > 0:
+        longest = longest_first[start]
+        in_memory = max(1, CHUNK_BYTES // (bytes_per_token * longest))
+        similar = sum(length * 2 > longest for length in longest_first[start : start + in_memory])
+        yield order[start : start + similar], longest
+        start += similar
