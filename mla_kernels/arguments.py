@@ -1,0 +1,95 @@
+"""What the decode operators accept, checked on the host: nothing here looks at the contents of a tensor."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+HEAD_DIM = 576
+HEAD_DIM_V = 512
+
+
+def check_decode_arguments(
+    q: "torch.Tensor",
+    kv_cache: "torch.Tensor",
+    block_table: "torch.Tensor",
+    cache_seqlens: "torch.Tensor",
+    *,
+    head_dim_v: int = HEAD_DIM_V,
+    out: "torch.Tensor | None" = None,
+) -> None:
+    """Dtypes, shapes, strides and devices that every decode operator of this package asks for.
+
+    Args:
+        q: (b, s_q, h_q, 576) bf16 or fp16, contiguous.
+        kv_cache: (num_pages, page_size, 1, 576) or (num_pages, page_size, 576), of q's dtype, last dimension
+            contiguous.
+        block_table: (b, max_pages) int32, last dimension contiguous.
+        cache_seqlens: (b,) int32, contiguous.
+        out: None, or (b, s_q, h_q, 512) of q's dtype, contiguous.
+
+    Raises:
+        TypeError: something is no tensor or has another dtype.
+        ValueError: another shape, stride or device. Each message gives the value, the limit and the remedy.
+    """
+    import torch
+
+    tensors = {"q": q, "kv_cache": kv_cache, "block_table": block_table, "cache_seqlens": cache_seqlens}
+    if out is not None:
+        tensors["out"] = out
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}, must be a torch.Tensor")
+        if tensor.device != q.device:
+            raise ValueError(
+                f"{name} is on {tensor.device}, q on {q.device}: all must be on one device, use .to(q.device)"
+            )
+
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        raise TypeError(f"q is {q.dtype}, must be torch.bfloat16 or torch.float16: convert it with .to()")
+    for name, dtype in {"kv_cache": q.dtype, "out": q.dtype}.items():
+        if name in tensors and tensors[name].dtype != dtype:
+            raise TypeError(f"{name} is {tensors[name].dtype}, must be q's {dtype}: convert it with .to()")
+    for name in ("block_table", "cache_seqlens"):
+        if tensors[name].dtype != torch.int32:
+            raise TypeError(f"{name} is {tensors[name].dtype}, must be torch.int32: convert it with .int()")
+
+    if head_dim_v != HEAD_DIM_V:
+        raise ValueError(f"head_dim_v is {head_dim_v}, must be {HEAD_DIM_V}: no other latent size is built")
+    if q.dim() != 4 or q.shape[3] != HEAD_DIM or 0 in q.shape[1:]:
+        raise ValueError(
+            f"q has shape {tuple(q.shape)}, must be (b, s_q, h_q, {HEAD_DIM}) with s_q, h_q >= 1: "
+            "absorb the key projection and append the rope part first"
+        )
+    b, s_q, h_q, _ = q.shape
+    if (
+        kv_cache.dim() not in (3, 4)
+        or kv_cache.shape[-1] != HEAD_DIM
+        or (kv_cache.dim() == 4 and kv_cache.shape[2] != 1)
+        or kv_cache.shape[1] == 0
+    ):
+        raise ValueError(
+            f"kv_cache has shape {tuple(kv_cache.shape)}, must be (num_pages, page_size, 1, {HEAD_DIM}) or "
+            f"(num_pages, page_size, {HEAD_DIM}): MLA has one latent KV head"
+        )
+    if block_table.dim() != 2 or block_table.shape[0] != b:
+        raise ValueError(
+            f"block_table has shape {tuple(block_table.shape)}, must be ({b}, max_pages): a row per sequence"
+        )
+    if tuple(cache_seqlens.shape) != (b,):
+        raise ValueError(
+            f"cache_seqlens has shape {tuple(cache_seqlens.shape)}, must be ({b},): a length per sequence"
+        )
+    if out is not None and tuple(out.shape) != (b, s_q, h_q, HEAD_DIM_V):
+        raise ValueError(f"out has shape {tuple(out.shape)}, must be {(b, s_q, h_q, HEAD_DIM_V)}")
+
+    for name in ("q", "cache_seqlens", "out"):
+        if name in tensors and not tensors[name].is_contiguous():
+            raise ValueError(
+                f"{name} has strides {tensors[name].stride()}, must be contiguous: call .contiguous()"
+            )
+    for name in ("kv_cache", "block_table"):
+        if tensors[name].stride(-1) != 1 and tensors[name].shape[-1] > 1:
+            raise ValueError(
+                f"{name} has strides {tensors[name].stride()}, the last must be 1: call .contiguous()"
+            )
