@@ -1,7 +1,7 @@
 """Figures derived from records: the one place where FLOP, bytes, rates, intervals and energy are defined.
 
-Counted is an absorbed MLA decode of ``s_q`` query tokens and ``h_q`` heads over a latent cache of 576 values a
-token (512 latent + 64 rope), of which the first 512 are also the values.
+Counted is an absorbed MLA decode of ``s_q`` query tokens and ``h_q`` heads over a latent cache of 576
+values a token (512 latent + 64 rope), of which the first 512 are also the values.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ class Software(_Section):
 
 
 class Method(_Section):
-    """How the samples were taken: ``rounds`` samples a burst point, each a mean of ``calls_per_sample`` calls.
+    """How the samples were taken: ``rounds`` samples a burst point, a mean of ``calls_per_sample`` calls.
 
     ``l2_rotation_bytes``: the KV sets that a point rotates through total at least this, unless they are one.
     """
@@ -200,7 +200,7 @@ class Workload(_Section):
     lengths_kind: Literal["uniform", "normal", "lognormal", "explicit"] = "uniform"
     mean_len: Annotated[float, Field(ge=0)]
     sd_len: Annotated[float, Field(ge=0)] = 0.0
-    lengths: list[Count]
+    lengths: tuple[Count, ...]  # a tuple, so that a workload can be a key
 
     @model_validator(mode="after")
     def _check(self) -> Workload:
@@ -228,7 +228,7 @@ class Accuracy(_Section):
 class Point(Measurement):
     """One implementation at one workload.
 
-    ``implementation``: "mla_kernels", a building block ("block:stream", "block:mma", "block:skeleton"), a peer.
+    ``implementation``: "mla_kernels", a block ("block:stream", "block:mma", "block:skeleton") or a peer.
     ``kv_sets``: KV caches rotated through; 1 means that the same cache is read again by every call.
     ``counters``: of one call, from the profiler; where they were asked for and not had, null and a reason.
     """

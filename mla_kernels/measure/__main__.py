@@ -1,0 +1,96 @@
+"""Command line of the measurements: ``python -m mla_kernels.measure --help``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from .experiments import EXPERIMENTS
+from .freshness import problems, record_files
+from .provenance import DATA, UnknownCommit, gpu_folder
+from .records import RecordError, load_record, save_record
+
+
+def record(arguments: argparse.Namespace) -> int:
+    """Measure experiments and write each one's record as it ends."""
+    from mla_kernels.device import DeviceUnavailable
+
+    for name in arguments.experiment or EXPERIMENTS:
+        try:
+            result = EXPERIMENTS[name].run(
+                arguments.scope, lambda line: print(line, file=sys.stderr, flush=True)
+            )
+        except (DeviceUnavailable, UnknownCommit) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print(f"interrupted: the record of {name} is as it was", file=sys.stderr)
+            return 130
+        folder = arguments.out or DATA / gpu_folder(result.device.name)
+        save_record(result, folder / f"{name}.json")
+        failed = [point for point in result.points if point.status == "failed"]
+        print(f"{folder / name}.json: {len(result.points)} points, {len(failed)} failed")
+    return 0
+
+
+def list_records(arguments: argparse.Namespace) -> int:
+    """Name the experiments and the records there are."""
+    for name, experiment in EXPERIMENTS.items():
+        print(f"{name:12} {experiment.__doc__.splitlines()[0]}")
+    for path in record_files(arguments.data):
+        try:
+            found = load_record(path)
+        except RecordError as error:
+            print(f"{path}: unusable ({error.field}: {error.found})")
+            continue
+        dirty = " with changes" if found.run.dirty else ""
+        print(
+            f"{path}: {found.device.name}, {found.run.utc:%Y-%m-%d}, commit {found.run.commit[:10]}{dirty}, "
+            f"{len(found.points)} points"
+        )
+    return 0
+
+
+def check(arguments: argparse.Namespace) -> int:
+    """Exit 1, naming file and field, where a record breaks the schema or is of other sources than these."""
+    found = problems(arguments.data)
+    for problem in found:
+        print(f"error: {problem}", file=sys.stderr)
+    if not found:
+        print(f"{arguments.data}: {len(record_files(arguments.data))} records are valid and fresh")
+    return 1 if found else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m mla_kernels.measure", description="Measure, list, check."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("record", help="measure on this machine's GPU", description=record.__doc__)
+    command.add_argument(
+        "experiment", nargs="*", metavar="EXPERIMENT", help=f"of {', '.join(EXPERIMENTS)}; all"
+    )
+    command.add_argument("--out", type=Path, metavar="DIR", help="folder to write to (default: data/<gpu>)")
+    command.add_argument("--scope", choices=("full", "live"), default="full", help="live: what notebooks run")
+    command.set_defaults(run=record)
+
+    command = commands.add_parser("list", help="experiments and records", description=list_records.__doc__)
+    command.add_argument("--data", type=Path, default=DATA, metavar="DIR", help="default: %(default)s")
+    command.set_defaults(run=list_records)
+
+    command = commands.add_parser(
+        "check", help="schema and freshness of the records", description=check.__doc__
+    )
+    command.add_argument("--data", type=Path, default=DATA, metavar="DIR", help="default: %(default)s")
+    command.set_defaults(run=check)
+
+    arguments = parser.parse_args(argv)
+    if unknown := sorted(set(getattr(arguments, "experiment", [])) - set(EXPERIMENTS)):
+        parser.error(f"unknown experiment {', '.join(unknown)}; choose from {', '.join(EXPERIMENTS)}")
+    return arguments.run(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""The freshness gate: a record describes the CUDA sources of this tree, or it must be measured again."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from .hardware import load_hardware
+from .provenance import DATA
+from .records import Record, RecordError, load_record
+
+STALE = "measure again with `make record` on a GPU, or check out the commit that was measured"
+
+
+def check_fresh(record: Record, path: str | os.PathLike) -> None:
+    """Raises RecordError where a kernel's source digest is not that of this tree, or where there is none."""
+    from mla_kernels.compiler import source_digest
+
+    if not record.source.kernels:
+        raise RecordError(path, "source.kernels", "is empty, so the record cannot be tied to a source", STALE)
+    for index, kernel in enumerate(record.source.kernels):
+        field = f"source.kernels.{index}.digest"
+        try:
+            digest = source_digest(kernel.source)
+        except OSError:
+            raise RecordError(path, field, f"{kernel.source} is no longer in this tree", STALE) from None
+        if digest != kernel.digest:
+            changed = f"{kernel.source} was {kernel.digest[:12]}… when measured and is {digest[:12]}… now"
+            raise RecordError(path, field, changed, STALE)
+
+
+def record_files(data: Path = DATA) -> list[Path]:
+    """Every record under ``data``: one folder for each GPU."""
+    return sorted(data.glob("*/*.json"))
+
+
+def problems(data: Path = DATA) -> list[RecordError]:
+    """What is wrong under ``data``: schema and freshness of the records, schema of the hardware table."""
+    found = []
+    for path in record_files(data):
+        try:
+            check_fresh(load_record(path), path)
+        except RecordError as error:
+            found.append(error)
+    try:
+        load_hardware(data / "hardware.json")
+    except RecordError as error:
+        found.append(error)
+    return found

@@ -1,0 +1,165 @@
+"""One workload, several implementations: bind, check against the oracle, capture, time interleaved.
+
+Nothing that a point does ends the run: what cannot be measured becomes a point with its reason.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .figures import DECODE, flop
+from .records import Accuracy, Measurement, Point, Workload
+from .timing import Loop, burst, capture, sustained
+from .workloads import Inputs, materialize, sets_to_defeat_l2
+
+if TYPE_CHECKING:
+    import torch
+
+BLOCKS = ("block:stream", "block:mma", "block:skeleton")
+CHECK_FLOP = 1e12  # fp64 work allowed for one check: tens of milliseconds on a data-centre GPU
+
+
+@dataclass(frozen=True)
+class Step:
+    """What to measure at one workload: ``implementations`` in a burst, those of ``sustain`` also under load.
+
+    ``rotate`` False reads one KV set again and again. ``count``: those to run under the profiler.
+    """
+
+    workload: Workload
+    implementations: tuple[str, ...] = (DECODE,)
+    sustain: tuple[str, ...] = ()
+    rotate: bool = True
+    count: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Bound:
+    """An implementation bound to its inputs: one call for each KV set, and the output they all write."""
+
+    calls: Sequence[Callable[[], object]]
+    out: torch.Tensor | None = None
+
+
+def bind(implementation: str, inputs: Inputs) -> Bound:
+    """Raises ValueError for a name that is none."""
+    tensors = [(inputs.q, inputs.kv_cache, table, inputs.cache_seqlens) for table in inputs.block_tables]
+    if implementation == DECODE:
+        from mla_kernels.decode import mla_decode
+
+        out = inputs.q.new_empty(*inputs.q.shape[:3], 512)
+        causal = inputs.workload.causal
+        return Bound([functools.partial(mla_decode, *args, causal=causal, out=out) for args in tensors], out)
+    if implementation in BLOCKS:
+        from mla_kernels.decode import decode_block
+
+        kind = implementation.removeprefix("block:")
+        return Bound([functools.partial(decode_block, kind, *args) for args in tensors])
+    raise ValueError(f"implementation {implementation!r} is unknown; known are {DECODE}, {', '.join(BLOCKS)}")
+
+
+@dataclass
+class _Outcome:
+    """What became of one implementation so far."""
+
+    error: Accuracy | None = None
+    loop: Loop | None = None
+    status: str = "ok"
+    reason: str | None = None
+    measured: list[Measurement] = field(default_factory=list)
+
+    def stop(self, error: Exception) -> None:
+        unsupported = isinstance(error, NotImplementedError) or type(error).__name__ == "OutOfMemoryError"
+        self.status = "skipped" if unsupported else "failed"
+        self.reason = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+
+
+def measure(step: Step, *, l2_bytes: int, seed: int) -> list[Point]:
+    """Points of a step: one for each implementation in a burst, then the sustained ones."""
+    import torch
+
+    torch.cuda.empty_cache()  # graphs of the step before kept their pools
+    sets = sets_to_defeat_l2(step.workload, l2_bytes) if step.rotate else 1
+    outcomes = {name: _Outcome() for name in step.implementations}
+    alive = lambda: [outcome for outcome in outcomes.values() if outcome.status == "ok"]  # noqa: E731
+    try:
+        inputs = materialize(step.workload, seed=seed, sets=sets)
+        for name, outcome in outcomes.items():
+            try:
+                bound = bind(name, inputs)
+                if bound.out is not None:
+                    outcome.error = check(inputs, bound, seed)
+                    if excess := outcome.error.excess(step.workload.dtype):
+                        raise ArithmeticError(excess)
+                outcome.loop = capture(name, bound.calls)
+            except Exception as error:
+                outcome.stop(error)
+        if alive():
+            bursts = burst([outcome.loop for outcome in alive()])
+            for outcome in alive():
+                outcome.measured.append(bursts[outcome.loop.name])
+        for name in step.sustain:
+            if outcomes[name].status == "ok":
+                outcomes[name].measured.append(sustained(outcomes[name].loop))
+    except Exception as error:  # of the inputs, or of the device: no outcome of this step can be trusted
+        for outcome in alive():
+            outcome.measured.clear()
+            outcome.stop(error)
+    points = [point for name, outcome in outcomes.items() for point in _to_points(step, name, outcome, sets)]
+    return sorted(points, key=lambda point: point.mode)  # "burst" before "sustained"
+
+
+def _to_points(step: Step, name: str, outcome: _Outcome, sets: int) -> list[Point]:
+    point = {"implementation": name, "workload": step.workload, "kv_sets": sets, "error": outcome.error}
+    if outcome.status != "ok":
+        return [Point(**point, mode="burst", status=outcome.status, reason=outcome.reason)]
+    return [Point(**point, status="ok", **measurement.model_dump()) for measurement in outcome.measured]
+
+
+def check(inputs: Inputs, bound: Bound, seed: int) -> Accuracy:
+    """Error against the fp64 oracle on the first and the last KV set, into a poisoned output.
+
+    Where all sequences would take more than ``CHECK_FLOP``, a random subset of them. Raises ArithmeticError
+    for NaN or infinity where the oracle has none.
+    """
+    import torch
+
+    from mla_kernels.reference import mla_decode_reference
+
+    chosen = sequences_to_check(inputs.workload, seed)
+    rows = torch.tensor(chosen, device=inputs.q.device)
+    squared_error = squared_norm = worst_lse = 0.0
+    for index in sorted({0, len(bound.calls) - 1}):
+        bound.out.fill_(float("nan"))
+        out, lse = bound.calls[index]()
+        table = inputs.block_tables[index][rows]
+        expected_out, expected_lse = mla_decode_reference(
+            inputs.q[rows], inputs.kv_cache, table, inputs.cache_seqlens[rows], causal=inputs.workload.causal
+        )
+        squared_error += (out[rows].double() - expected_out).square().sum().item()
+        squared_norm += expected_out.square().sum().item()
+        lse = lse[rows].double()
+        difference = torch.where(lse == expected_lse, 0.0, (lse - expected_lse).abs())  # -inf equals -inf
+        worst_lse = max(worst_lse, difference.nan_to_num(nan=math.inf).max().item())
+    relative = math.sqrt(squared_error / squared_norm) if squared_norm else math.sqrt(squared_error)
+    if not (math.isfinite(relative) and math.isfinite(worst_lse)):
+        raise ArithmeticError(
+            f"result is not finite: out relative L2 error {relative}, lse error {worst_lse}"
+        )
+    b = inputs.workload.b
+    subset = f"all {b} sequences" if len(chosen) == b else f"{len(chosen)} of {b} sequences, at random"
+    return Accuracy(out_rel_l2=relative, lse_max_abs=worst_lse, reference=f"fp64 oracle, {subset}")
+
+
+def sequences_to_check(workload: Workload, seed: int) -> list[int]:
+    """Indices of sequences, in order, whose fp64 reference stays within ``CHECK_FLOP`` (one at the least)."""
+    cost = flop(workload) / max(1, sum(workload.lengths))  # of one token
+    order = np.random.default_rng(seed).permutation(workload.b)
+    total = np.cumsum([workload.lengths[i] * cost for i in order])
+    return sorted(order[: max(1, int((total <= CHECK_FLOP).sum()))].tolist())
