@@ -3,9 +3,9 @@
     from mla_kernels.flash_mla import flash_mla_with_kvcache, get_mla_metadata
 
 The signatures are those of FlashMLA 9241ae3 (April 2026); its earlier calling convention, in which the
-metadata are two tensors, works too. Nothing is planned here: the kernels find their work from ``cache_seqlens``
-on the device. So the metadata carry nothing, one set serves every shape, and lengths may change between calls
-and between replays of a CUDA graph (FlashMLA asks for new metadata then).
+metadata are two tensors, works too. Nothing is planned here: the kernels find their work from
+``cache_seqlens`` on the device. So the metadata carry nothing, one set serves every shape, and lengths may
+change between calls and between replays of a CUDA graph (FlashMLA asks for new metadata then).
 
 One result differs: for a row that sees no token softmax_lse is -inf, which merges; FlashMLA gives +inf.
 """
@@ -114,8 +114,8 @@ def flash_mla_with_kvcache(
 
     if not isinstance(tile_scheduler_metadata, FlashMLASchedMeta | torch.Tensor | None):
         raise TypeError(
-            f"tile_scheduler_metadata is a {type(tile_scheduler_metadata).__name__}, must be the first of the "
-            "two that get_mla_metadata() returns"
+            f"tile_scheduler_metadata is a {type(tile_scheduler_metadata).__name__}, must be the first of "
+            "the two that get_mla_metadata() returns"
         )
     if not isinstance(num_splits, torch.Tensor | None):
         raise TypeError(
@@ -145,5 +145,5 @@ def _reject_unsupported(**features: object) -> None:
         given = value if isinstance(value, bool | int) else f"a {type(value).__name__}"
         raise NotImplementedError(
             f"{name} is {given}, must be {'False' if name == 'is_fp8_kvcache' else 'None'}: only dense "
-            "attention over a bf16 or fp16 cache is built here, use FlashMLA itself for fp8 and sparse attention"
+            "attention over a bf16 or fp16 cache is built here, use FlashMLA itself for fp8 and sparse ones"
         )
