@@ -1,0 +1,19 @@
+"""Hopper kernels for Multi-head Latent Attention (MLA), and the study that measures them."""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+__all__ = ["DeviceUnavailable", "merge_partials", "mla_decode"]
+
+_HOMES = {
+    "DeviceUnavailable": "mla_kernels.device",
+    "merge_partials": "mla_kernels.decode",
+    "mla_decode": "mla_kernels.decode",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Imports an operator, and torch with it, at first use: reading records needs neither."""
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,343 @@
+// Decode for many query rows: 64 of them a CTA.
+//
+//   S = Q K^T  (64 x 64 tokens)        O = P V  (64 x 512, each consumer warpgroup 64 x 256)
+//
+// Grid: one persistent CTA an SM; each walks its share of the batch (schedule.cuh). KV streams through two 72 KB tile
+// buffers (a ring of 18 boxes). Warpgroup 0 leads: it owns the even tiles of an item, warpgroup 1 the odd ones. The
+// owner computes S and P of its tile, keeps P in registers for its own half of O and leaves a copy for the other in
+// the tile's rotary box, which nobody needs after QK. So one warpgroup's softmax runs under the other's WGMMA.
+// Warps: 0-3 and 4-7 consume (232 registers), 8 produces (40), 9-11 idle.
+// Shared memory: 18 boxes of 8 KB, Q (72 KB).
+#include "merge.cuh"
+#include "producer.cuh"
+#include "query.cuh"
+#include "softmax.cuh"
+
+constexpr int kRows = MLA_ROWS;
+static_assert(kRows == 64, "one WGMMA's rows");
+constexpr int kRing = 2 * kBoxes;
+constexpr int kHalfBoxes = kBoxesV / 2;             // boxes of V that a warpgroup multiplies
+constexpr int kHalfColumns = kHalfBoxes * kBoxColumns;
+
+struct SharedMemory {
+    alignas(1024) BoxRing<kRing> ring;
+    alignas(1024) u16 q[kBoxes][kRows * kBoxColumns];
+    u64 p_ready[2];             // P of the lead's (0), the trail's (1) tile lies in its rotary box
+    float reference[2][kRows];  // the rows' reference after that tile,
+    int moved[2][4];            // and whether it moved, per warp of 16 rows
+    float sums[2][kRows];
+    PageFaults faults;
+    PendingMerges pending;
+};
+static_assert(sizeof(SharedMemory) <= kMaxSharedBytes, "shared memory is 227 KB");
+
+template <int kWg>
+struct Consumer {
+    const DecodeParams& p;
+    SharedMemory& smem;
+    const int thread = threadIdx.x % kWarpgroup, warp = thread / 32, lane = thread % 32;
+    const int row = warp * 16 + lane / 4;  // and row + 8
+    float o[kHalfColumns / 2];
+    float m[2], l[2];
+    u32 p_phase = 0;  // of the other's p_ready
+
+    // A tile in flight: its first ring slot and the parity of its boxes' `full`.
+    struct Buffer {
+        int slot;
+        u32 phase;
+    };
+
+    __device__ u16* box(Buffer b, int c) { return smem.ring.box[b.slot + c]; }
+
+    __device__ void reset() {
+#pragma unroll
+        for (int i = 0; i < kHalfColumns / 2; ++i) o[i] = 0.f;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) m[r] = -kInfinity, l[r] = 0.f;
+    }
+
+    __device__ void issue_qk(Buffer b, float (&s)[kTileTokens / 2]) {
+#pragma unroll
+        for (int c = 0; c < kBoxes; ++c) {
+            if (kLoads) mbarrier_wait(&smem.ring.full[b.slot + c], b.phase);
+            wgmma_fence();
+            const u64 q = descriptor_k_major(smem.q[c]), k = descriptor_k_major(box(b, c));
+#pragma unroll
+            for (int step = 0; step < kStepsPerBox; ++step)
+                wgmma_ss<kTileTokens, 0, 0>(s, q + step * kAdvanceAlongRow, k + step * kAdvanceAlongRow, c + step > 0);
+        }
+        wgmma_commit();
+    }
+
+    __device__ void issue_pv(Buffer b, const u32 (&probabilities)[4][4]) {
+        const u64 v = descriptor_token_major(box(b, kWg * kHalfBoxes));
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < 4; ++step) wgmma_rs_n256<1>(o, probabilities[step], v + step * kAdvanceDownRows, true);
+        wgmma_commit();
+    }
+
+    // The same with P from the other warpgroup's copy.
+    __device__ void issue_pv_shared(Buffer b) {
+        const u64 v = descriptor_token_major(box(b, kWg * kHalfBoxes)), copy = descriptor_k_major(box(b, kRotaryBox));
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < 4; ++step)
+            wgmma_ss<kHalfColumns, 0, 1>(o, copy + step * kAdvanceAlongRow, v + step * kAdvanceDownRows, true);
+        wgmma_commit();
+    }
+
+    __device__ void wait_all() {
+        wgmma_wait<0>();
+        wgmma_fence_operands(o);
+    }
+
+    // This warpgroup's half of V; the reader of P's copy also gives back the rotary box.
+    __device__ void release(Buffer b, bool with_copy) {
+        if (!kLoads) return;
+        if (lane < kHalfBoxes) mbarrier_arrive(&smem.ring.empty[b.slot + kWg * kHalfBoxes + lane]);
+        if (with_copy && lane == kHalfBoxes) mbarrier_arrive(&smem.ring.empty[b.slot + kRotaryBox]);
+    }
+
+    __device__ void rescale(const float (&factor)[2]) {
+#pragma unroll
+        for (int i = 0; i < kHalfColumns / 2; ++i) o[i] *= factor[i / 2 & 1];
+    }
+
+    // Scores -> probabilities, in place. Returns whether this warp's references moved; `factor` is for O.
+    __device__ bool softmax(const WorkItem& w, int tile, float (&s)[kTileTokens / 2], float (&factor)[2]) {
+        const float scale = p.softmax_scale_log2;
+        const int first_row = w.row_block * kRows + row;
+        if ((tile + 1) * kTileTokens > w.kv_len - (p.causal ? p.s_q - 1 : 0)) {
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                const int end = visible_end(p, w.kv_len, first_row + r * 8) - tile * kTileTokens - (lane & 3) * 2;
+#pragma unroll
+                for (int i = 0; i < kTileTokens / 2; ++i)
+                    if ((i / 2 & 1) == r && i / 4 * 8 + (i & 1) >= end) s[i] = -kInfinity;
+            }
+        }
+        float top[2] = {-kInfinity, -kInfinity};
+#pragma unroll
+        for (int i = 0; i < kTileTokens / 2; ++i) top[i / 2 & 1] = fmaxf(top[i / 2 & 1], s[i]);
+        const bool passes = passes_reference(top[0], scale, m[0]) || passes_reference(top[1], scale, m[1]);
+        const bool moved = __any_sync(0xffffffffu, passes);
+        if (moved) {
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                top[r] = fmaxf(top[r], __shfl_xor_sync(0xffffffffu, top[r], 1));
+                top[r] = fmaxf(top[r], __shfl_xor_sync(0xffffffffu, top[r], 2));
+                const float after = fmaxf(m[r], top[r] * scale);
+                factor[r] = rescale_factor(m[r], after);
+                m[r] = after;
+                l[r] *= factor[r];
+                if ((lane & 3) == 0) smem.reference[kWg][row + r * 8] = after;
+            }
+        }
+        if (lane == 0) smem.moved[kWg][warp] = moved;
+        const float reference[2] = {finite_reference(m[0]), finite_reference(m[1])};
+#pragma unroll
+        for (int i = 0; i < kTileTokens / 2; ++i) {
+            s[i] = exp2_approx(fmaf(s[i], scale, -reference[i / 2 & 1]));
+            l[i / 2 & 1] += s[i];
+        }
+        return moved;
+    }
+
+    // S of an owned tile -> P in registers and its copy in the tile's rotary box.
+    __device__ void publish(const WorkItem& w, int tile, Buffer b, const float (&s)[kTileTokens / 2], u32 (&probabilities)[4][4]) {
+#pragma unroll
+        for (int step = 0; step < 4; ++step)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) probabilities[step][i] = pack_elements(s[step * 8 + i * 2], s[step * 8 + i * 2 + 1]);
+        if constexpr (kSoftmax) {
+            const u32 copy = smem_address(box(b, kRotaryBox));
+            const int copy_row = warp * 16 + (lane / 8 & 1) * 8 + (lane & 7);
+#pragma unroll
+            for (int step = 0; step < 4; ++step)
+                stmatrix_x4(copy + swizzled_offset(copy_row, step * 2 + lane / 16), probabilities[step][0],
+                            probabilities[step][1], probabilities[step][2], probabilities[step][3]);
+            const int valid = w.kv_len - tile * kTileTokens;
+            if (valid < kTileTokens) zero_token_rows([&](int c) { return box(b, c); }, valid, thread);
+            fence_proxy_async();
+            if (valid < kTileTokens) named_barrier_sync(kBarrierWarpgroup + kWg, kWarpgroup);
+        }
+        if constexpr (kLoads) mbarrier_arrive(&smem.p_ready[kWg]);  // also: QK no longer reads the tile
+    }
+
+    // Waits for the other's P and follows its reference.
+    __device__ void take_copy() {
+        if constexpr (kLoads) {
+            mbarrier_wait(&smem.p_ready[1 - kWg], p_phase);
+            p_phase ^= 1;
+        }
+        if constexpr (kSoftmax) {
+            if (smem.moved[1 - kWg][warp]) {
+                float factor[2];
+#pragma unroll
+                for (int r = 0; r < 2; ++r) {
+                    const float after = smem.reference[1 - kWg][row + r * 8];
+                    factor[r] = rescale_factor(m[r], after);
+                    m[r] = after;
+                    l[r] *= factor[r];
+                }
+                rescale(factor);
+            }
+        }
+    }
+
+    // Tiles `tile` (lead's) and `tile + 1` (trail's, if `pair`), in buffers `even` and `odd`.
+    __device__ void lead(const WorkItem& w, int tile, Buffer even, Buffer odd, bool pair) {
+        float s[kTileTokens / 2], factor[2];
+        u32 probabilities[4][4];
+        issue_qk(even, s);
+        wgmma_wait<0>();
+        wgmma_fence_operands(s);
+        const bool moved = kSoftmax && softmax(w, tile, s, factor);
+        publish(w, tile, even, s, probabilities);
+        if (moved) rescale(factor);
+        issue_pv(even, probabilities);
+        wait_all();
+        release(even, false);
+        if (pair) {
+            take_copy();
+            issue_pv_shared(odd);
+            wait_all();
+            release(odd, true);
+        }
+    }
+
+    __device__ void trail(const WorkItem& w, int tile, Buffer even, Buffer odd, bool pair) {
+        float s[kTileTokens / 2], factor[2];
+        u32 probabilities[4][4];
+        if (pair) {
+            issue_qk(odd, s);
+            wgmma_wait<0>();
+            wgmma_fence_operands(s);
+        }
+        take_copy();
+        issue_pv_shared(even);  // runs under the softmax below
+        if (!pair) {
+            wait_all();
+            release(even, true);
+            return;
+        }
+        const bool moved = kSoftmax && softmax(w, tile + 1, s, factor);
+        publish(w, tile + 1, odd, s, probabilities);
+        wait_all();
+        release(even, true);
+        if (moved) rescale(factor);
+        issue_pv(odd, probabilities);
+        wait_all();
+        release(odd, false);
+    }
+
+    // Loads alone: wait for a tile's boxes, give them back.
+    __device__ void drain(Buffer b) {
+        for (int c = 0; c < kBoxes; ++c) {
+            mbarrier_wait(&smem.ring.full[b.slot + c], b.phase);
+            if (lane == 0) mbarrier_arrive(&smem.ring.empty[b.slot + c]);
+        }
+    }
+
+    // Row sums over the tile's columns and both warpgroups.
+    __device__ void join(bool fault) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            l[r] += __shfl_xor_sync(0xffffffffu, l[r], 1);
+            l[r] += __shfl_xor_sync(0xffffffffu, l[r], 2);
+            if ((lane & 3) == 0) smem.sums[kWg][row + r * 8] = l[r];
+        }
+        named_barrier_sync(kBarrierConsumers, kConsumers);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) l[r] = fault ? kNan : smem.sums[0][row + r * 8] + smem.sums[1][row + r * 8];
+    }
+
+    __device__ void write_out(const WorkItem& w) {
+        const int first_row = w.row_block * kRows, rows = min(kRows, p.s_q * p.h_q - first_row);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const int own = row + r * 8;
+            if (own >= rows) continue;
+            const float inverse = inverse_sum(l[r]);
+            u16* out = out_row(p, w.request, first_row + own) + kWg * kHalfColumns + (lane & 3) * 2;
+#pragma unroll
+            for (int i = 0; i < kHalfColumns / 2; i += 4)
+                *reinterpret_cast<u32*>(out + i * 2) = pack_elements(o[i + r * 2] * inverse, o[i + r * 2 + 1] * inverse);
+            if (kWg == 0 && (lane & 3) == 0) store_lse(p, w.request, first_row + own, natural_lse(m[r], l[r]));
+        }
+    }
+
+    __device__ void write_part(const WorkItem& w) {
+        auto& slot = partial_slot<kRows>(p, w.first_cta, part_of_this_cta(p, w));
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            float* part = reinterpret_cast<float*>(slot.o[row + r * 8]) + kWg * kHalfColumns + (lane & 3) * 2;
+#pragma unroll
+            for (int i = 0; i < kHalfColumns / 2; i += 4)
+                *reinterpret_cast<float2*>(part + i * 2) = make_float2(o[i + r * 2], o[i + r * 2 + 1]);
+            if (kWg == 0 && (lane & 3) == 0) slot.stats[row + r * 8] = make_float2(m[r], l[r]);
+        }
+    }
+
+    __device__ void run() {
+        WorkRange range(p);
+        WorkItem w;
+        int item = 0, pending = 0;
+        u32 tiles = 0;  // taken so far: buffer and phase follow from it
+        while (range.next(w)) {
+            if (w.tiles == 0) {
+                write_empty<kRows>(p, w);
+                continue;
+            }
+            load_query<kRows>(p, w, smem.q);
+            reset();
+            for (int tile = w.begin; tile < w.end; tile += 2) {
+                const bool pair = tile + 1 < w.end;
+                const Buffer even = {static_cast<int>(tiles & 1) * kBoxes, tiles >> 1 & 1};
+                ++tiles;
+                const Buffer odd = {static_cast<int>(tiles & 1) * kBoxes, tiles >> 1 & 1};
+                tiles += pair;
+                if constexpr (!kMath) {
+                    drain(even);
+                    if (pair) drain(odd);
+                } else if constexpr (kWg == 0) {
+                    lead(w, tile, even, odd, pair);
+                } else {
+                    trail(w, tile, even, odd, pair);
+                }
+            }
+            join(smem.faults.flag[item++ % PageFaults::kFlags]);
+            if (w.parts == 1) {
+                write_out(w);
+            } else {
+                write_part(w);
+                announce_part(p, w, smem.pending, pending++);
+            }
+        }
+        for (int i = 0; i < pending; ++i)
+            merge_slice<kRows>(p, smem.pending.item[i], reinterpret_cast<float*>(smem.ring.box[0]));
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(kThreads, 1) mla_decode(const __grid_constant__ DecodeParams p) {
+    extern __shared__ __align__(1024) char shared[];
+    SharedMemory& smem = *reinterpret_cast<SharedMemory*>(shared);
+    if (threadIdx.x == 0) {
+        smem.ring.init_barriers();
+        mbarrier_init(&smem.p_ready[0], kWarpgroup);
+        mbarrier_init(&smem.p_ready[1], kWarpgroup);
+        fence_barrier_init();
+    }
+    __syncthreads();
+    if (threadIdx.x >= kConsumers) {
+        setmaxnreg_dec<40>();
+        if (kLoads && threadIdx.x < kConsumers + 32) produce(p, smem.ring, smem.faults);
+    } else if (threadIdx.x < kWarpgroup) {
+        setmaxnreg_inc<232>();
+        Consumer<0>{p, smem}.run();
+    } else {
+        setmaxnreg_inc<232>();
+        Consumer<1>{p, smem}.run();
+    }
+}

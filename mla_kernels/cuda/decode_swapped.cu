@@ -1,0 +1,317 @@
+// Decode for few query rows (s_q * h_q small): operands swapped, so that tensor work follows the real heads.
+//
+//   S^T = K Q^T   (64 tokens x kRows)        O^T = V^T P^T   (512 x kRows)
+//
+// Grid: one persistent CTA an SM; each walks its share of the batch (schedule.cuh). KV streams through a ring of
+// 8 KB boxes. Consumer warpgroup w takes every other 64-token tile of an item, whole: QK, softmax and PV with its own
+// 512 x kRows accumulators, so no P crosses warpgroups; the two halves are joined at the end of the item.
+// Warps: 0-3 and 4-7 consume (232 registers), 8 produces (40), 9-11 idle.
+// Shared memory: kRing boxes, Q (kRows x 1152 B), P (2 x kRows x 128 B).
+#include "merge.cuh"
+#include "producer.cuh"
+#include "query.cuh"
+#include "softmax.cuh"
+
+constexpr int kRows = MLA_ROWS;
+static_assert(kRows == 8 || kRows == 16 || kRows == 32, "accumulators of 512 x kRows must fit a warpgroup's registers");
+constexpr int kColumns = kRows / 4;  // query rows (columns of S^T) a thread holds
+constexpr int kReservedBytes = kRows * (kHeadDim * 2 + 2 * kTileTokens * 2 + 2 * 4 * 4 + 4 * 4) + 1024;
+constexpr int kRing = (kMaxSharedBytes - kReservedBytes) / (kBoxBytes + 16);
+
+struct SharedMemory {
+    alignas(1024) BoxRing<kRing> ring;
+    alignas(1024) u16 q[kBoxes][kRows * kBoxColumns];
+    alignas(1024) u16 p[2][kRows * kTileTokens];
+    float by_warp[2][4][kRows];  // a warp's column maxima, or its column sums
+    float reference[2][kRows];
+    PageFaults faults;
+    PendingMerges pending;
+};
+static_assert(sizeof(SharedMemory) <= kMaxSharedBytes, "the ring is too deep");
+
+// Query row (column of S^T) of accumulator element i: two neighbours in each group of eight.
+__device__ __forceinline__ constexpr int column_slot(int i) { return (i / 4) * 2 + (i & 1); }
+__device__ __forceinline__ int column_of(int slot, int lane) { return (slot / 2) * 8 + (lane & 3) * 2 + (slot & 1); }
+
+template <int kWg>
+struct Consumer {
+    const DecodeParams& p;
+    SharedMemory& smem;
+    const int thread = threadIdx.x % kWarpgroup, warp = thread / 32, lane = thread % 32;
+    float o[kBoxesV][kRows / 2];
+    float m[kColumns], l[kColumns];
+
+    __device__ void reset() {
+#pragma unroll
+        for (int c = 0; c < kBoxesV; ++c)
+#pragma unroll
+            for (int i = 0; i < kRows / 2; ++i) o[c][i] = 0.f;
+#pragma unroll
+        for (int i = 0; i < kColumns; ++i) m[i] = -kInfinity, l[i] = 0.f;
+    }
+
+    __device__ void release(int slot) {
+        if (kLoads && lane == 0) mbarrier_arrive(&smem.ring.empty[slot]);
+    }
+
+    __device__ void tile(const WorkItem& w, int tile, RingCursor<kRing> cursor) {
+        const auto slot_of = [first = cursor.slot](int c) { return first + c < kRing ? first + c : first + c - kRing; };
+        float s[kRows / 2];
+#pragma unroll
+        for (int c = 0; c < kBoxes; ++c) {
+            if (kLoads) mbarrier_wait(&smem.ring.full[slot_of(c)], cursor.phase ^ (slot_of(c) < cursor.slot));
+            if constexpr (kMath) {
+                wgmma_fence();
+                const u64 k = descriptor_k_major(smem.ring.box[slot_of(c)]), q = descriptor_k_major(smem.q[c]);
+#pragma unroll
+                for (int step = 0; step < kStepsPerBox; ++step)
+                    wgmma_ss<kRows, 0, 0>(s, k + step * kAdvanceAlongRow, q + step * kAdvanceAlongRow, c + step > 0);
+                if (c == kBoxes - 1) wgmma_commit();
+            }
+        }
+        if constexpr (!kMath) {
+#pragma unroll
+            for (int c = 0; c < kBoxes; ++c) release(slot_of(c));
+            return;
+        }
+        wgmma_wait<0>();
+        wgmma_fence_operands(s);
+        release(slot_of(kRotaryBox));
+        if constexpr (kSoftmax) {
+            if ((tile + 1) * kTileTokens > w.kv_len - (p.causal ? p.s_q - 1 : 0)) mask(w, tile, s);
+            if ((tile + 1) * kTileTokens > w.kv_len)
+                zero_token_rows([&](int c) { return smem.ring.box[slot_of(c)]; }, w.kv_len - tile * kTileTokens, thread);
+            softmax(s);
+        }
+        store_p(s);
+        fence_proxy_async();
+        named_barrier_sync(kBarrierWarpgroup + kWg, kWarpgroup);
+
+        const u64 probabilities = descriptor_k_major(smem.p[kWg]);
+        wgmma_fence();
+#pragma unroll
+        for (int c = 0; c < kBoxesV; ++c) {
+            const u64 v = descriptor_token_major(smem.ring.box[slot_of(c)]);
+#pragma unroll
+            for (int step = 0; step < kStepsPerBox; ++step)
+                wgmma_ss<kRows, 1, 0>(o[c], v + step * kAdvanceDownRows, probabilities + step * kAdvanceAlongRow, true);
+            if (c == kBoxesV / 2 - 1 || c == kBoxesV - 1) wgmma_commit();
+        }
+        wgmma_wait<1>();
+#pragma unroll
+        for (int c = 0; c < kBoxesV / 2; ++c) release(slot_of(c));
+        wgmma_wait<0>();
+#pragma unroll
+        for (int c = kBoxesV / 2; c < kBoxesV; ++c) release(slot_of(c));
+#pragma unroll
+        for (int c = 0; c < kBoxesV; ++c) wgmma_fence_operands(o[c]);
+    }
+
+    __device__ void mask(const WorkItem& w, int tile, float (&s)[kRows / 2]) {
+#pragma unroll
+        for (int i = 0; i < kRows / 2; ++i) {
+            const int token = tile * kTileTokens + warp * 16 + lane / 4 + (i & 2) * 4;
+            const int row = w.row_block * kRows + column_of(column_slot(i), lane);
+            if (token >= visible_end(p, w.kv_len, row)) s[i] = -kInfinity;
+        }
+    }
+
+    // Scores -> probabilities, in place. Column maxima cross the four warps only when the reference has to move.
+    __device__ void softmax(float (&s)[kRows / 2]) {
+        const float scale = p.softmax_scale_log2;
+        bool passes = false;
+#pragma unroll
+        for (int i = 0; i < kRows / 2; ++i) passes |= passes_reference(s[i], scale, m[column_slot(i)]);
+        if (named_barrier_any(kBarrierWarpgroup + kWg, kWarpgroup, passes)) move_reference(s);
+#pragma unroll
+        for (int i = 0; i < kRows / 2; ++i) {
+            const int column = column_slot(i);
+            s[i] = exp2_approx(fmaf(s[i], scale, -finite_reference(m[column])));
+            l[column] += s[i];
+        }
+    }
+
+    __device__ void move_reference(const float (&s)[kRows / 2]) {
+        float top[kColumns];
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) {
+            const int i = (j / 2) * 4 + (j & 1);
+            top[j] = fmaxf(s[i], s[i + 2]);
+#pragma unroll
+            for (int step = 4; step < 32; step *= 2) top[j] = fmaxf(top[j], __shfl_xor_sync(0xffffffffu, top[j], step));
+            if (lane < 4) smem.by_warp[kWg][warp][column_of(j, lane)] = top[j];
+        }
+        named_barrier_sync(kBarrierWarpgroup + kWg, kWarpgroup);
+        float factor[kColumns];
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) {
+            const int column = column_of(j, lane);
+#pragma unroll
+            for (int other = 0; other < 4; ++other) top[j] = fmaxf(top[j], smem.by_warp[kWg][other][column]);
+            const float moved = fmaxf(m[j], top[j] * p.softmax_scale_log2);
+            factor[j] = rescale_factor(m[j], moved);
+            m[j] = moved;
+            l[j] *= factor[j];
+        }
+#pragma unroll
+        for (int c = 0; c < kBoxesV; ++c)
+#pragma unroll
+            for (int i = 0; i < kRows / 2; ++i) o[c][i] *= factor[column_slot(i)];
+    }
+
+    // P^T, rows = query rows, 64 tokens (128 bytes) a row, swizzled: the B operand of PV.
+    __device__ void store_p(const float (&s)[kRows / 2]) {
+        const u32 base = smem_address(smem.p[kWg]);
+        if constexpr (kRows == 8) {
+            const int chunk = warp * 2 + (lane / 8 & 1);
+            stmatrix_x2_trans(base + swizzled_offset(lane & 7, chunk), pack_elements(s[0], s[1]), pack_elements(s[2], s[3]));
+        } else {
+#pragma unroll
+            for (int i = 0; i < kRows / 2; i += 8) {
+                const int row = i * 2 + lane / 16 * 8 + (lane & 7), chunk = warp * 2 + (lane / 8 & 1);
+                stmatrix_x4_trans(base + swizzled_offset(row, chunk), pack_elements(s[i], s[i + 1]),
+                                  pack_elements(s[i + 2], s[i + 3]), pack_elements(s[i + 4], s[i + 5]),
+                                  pack_elements(s[i + 6], s[i + 7]));
+            }
+        }
+    }
+
+    // Joins the two warpgroups' halves: afterwards this one holds the sums of latent columns [256 kWg, 256 kWg + 256)
+    // in o[4 kWg ...], and m, l are those of the whole.
+    __device__ void join() {
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) {
+#pragma unroll
+            for (int step = 4; step < 32; step *= 2) l[j] += __shfl_xor_sync(0xffffffffu, l[j], step);
+            if (lane < 4) smem.by_warp[kWg][warp][column_of(j, lane)] = l[j];
+            if (thread < 4) smem.reference[kWg][column_of(j, lane)] = m[j];
+        }
+        named_barrier_sync(kBarrierConsumers, kConsumers);  // from here on nobody reads Q: its memory carries O
+        float factor[kColumns];
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) {
+            const int column = column_of(j, lane);
+            const float other = smem.reference[1 - kWg][column], joint = fmaxf(m[j], other);
+            factor[j] = rescale_factor(m[j], joint);
+            float own_sum = 0.f, other_sum = 0.f;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                own_sum += smem.by_warp[kWg][i][column];
+                other_sum += smem.by_warp[1 - kWg][i][column];
+            }
+            const float own_part = own_sum * factor[j], other_part = other_sum * rescale_factor(other, joint);
+            l[j] = kWg == 0 ? own_part + other_part : other_part + own_part;
+            m[j] = joint;
+        }
+        constexpr int kPerRound = 2;  // boxes of O a round
+        static_assert(2 * kPerRound * (kRows / 2) * kWarpgroup * 4 <= sizeof(smem.q), "O does not fit in Q's memory");
+        auto* exchange = reinterpret_cast<float(*)[kPerRound][kRows / 2][kWarpgroup]>(&smem.q[0][0]);
+#pragma unroll
+        for (int round = 0; round < kBoxesV / 2 / kPerRound; ++round) {
+#pragma unroll
+            for (int k = 0; k < kPerRound; ++k)
+#pragma unroll
+                for (int i = 0; i < kRows / 2; ++i)
+                    exchange[kWg][k][i][thread] =
+                        o[(1 - kWg) * 4 + round * kPerRound + k][i] * factor[column_slot(i)];
+            named_barrier_sync(kBarrierConsumers, kConsumers);
+#pragma unroll
+            for (int k = 0; k < kPerRound; ++k)
+#pragma unroll
+                for (int i = 0; i < kRows / 2; ++i) {
+                    float& own = o[kWg * 4 + round * kPerRound + k][i];
+                    own = fmaf(own, factor[column_slot(i)], exchange[1 - kWg][k][i][thread]);
+                }
+            named_barrier_sync(kBarrierConsumers, kConsumers);
+        }
+    }
+
+    __device__ void write_out(const WorkItem& w) {
+        const int first_row = w.row_block * kRows, rows = min(kRows, p.s_q * p.h_q - first_row);
+        const int first_dim = warp * 16 + (lane & 3) * 2;
+#pragma unroll
+        for (int j = 0; j < kRows / 8; ++j) {
+            const float left = inverse_sum(l[2 * j]), right = inverse_sum(l[2 * j + 1]);
+            const int row = j * 8 + lane / 4;
+            u16* out = out_row(p, w.request, first_row + row);
+#pragma unroll
+            for (int c = kWg * 4; c < kWg * 4 + 4; ++c) {
+                const float* d = &o[c][j * 4];
+                const u32 low = movmatrix_trans(pack_elements(d[0] * left, d[1] * right));
+                const u32 high = movmatrix_trans(pack_elements(d[2] * left, d[3] * right));
+                if (row < rows) {
+                    *reinterpret_cast<u32*>(out + c * 64 + first_dim) = low;
+                    *reinterpret_cast<u32*>(out + c * 64 + first_dim + 8) = high;
+                }
+            }
+        }
+        if (kWg == 0 && thread < 4)
+#pragma unroll
+            for (int j = 0; j < kColumns; ++j)
+                if (column_of(j, lane) < rows) store_lse(p, w.request, first_row + column_of(j, lane), natural_lse(m[j], l[j]));
+    }
+
+    __device__ void write_part(const WorkItem& w) {
+        auto& slot = partial_slot<kRows>(p, w.first_cta, part_of_this_cta(p, w));
+#pragma unroll
+        for (int i = 0; i < kRows / 2; ++i) {
+            float* row = reinterpret_cast<float*>(slot.o[column_of(column_slot(i), lane)]);
+#pragma unroll
+            for (int c = kWg * 4; c < kWg * 4 + 4; ++c) row[c * 64 + warp * 16 + lane / 4 + (i & 2) * 4] = o[c][i];
+        }
+        if (kWg == 0 && thread < 4)
+#pragma unroll
+            for (int j = 0; j < kColumns; ++j) slot.stats[column_of(j, lane)] = make_float2(m[j], l[j]);
+    }
+
+    __device__ void run() {
+        RingCursor<kRing> cursor;
+        WorkRange range(p);
+        WorkItem w;
+        int item = 0, pending = 0;
+        while (range.next(w)) {
+            if (w.tiles == 0) {
+                write_empty<kRows>(p, w);
+                continue;
+            }
+            load_query<kRows>(p, w, smem.q);
+            reset();
+            for (int i = w.begin; i < w.end; ++i) {
+                if (((i - w.begin) & 1) == kWg) tile(w, i, cursor);
+                cursor.advance(kBoxes);
+            }
+            join();
+            if (smem.faults.flag[item++ % PageFaults::kFlags])
+#pragma unroll
+                for (int j = 0; j < kColumns; ++j) l[j] = kNan;
+            if (w.parts == 1) {
+                write_out(w);
+            } else {
+                write_part(w);
+                announce_part(p, w, smem.pending, pending++);
+            }
+        }
+        for (int i = 0; i < pending; ++i)
+            merge_slice<kRows>(p, smem.pending.item[i], reinterpret_cast<float*>(smem.ring.box[0]));
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(kThreads, 1) mla_decode(const __grid_constant__ DecodeParams p) {
+    extern __shared__ __align__(1024) char shared[];
+    SharedMemory& smem = *reinterpret_cast<SharedMemory*>(shared);
+    if (threadIdx.x == 0) {
+        smem.ring.init_barriers();
+        fence_barrier_init();
+    }
+    __syncthreads();
+    if (threadIdx.x >= kConsumers) {
+        setmaxnreg_dec<40>();
+        if (kLoads && threadIdx.x < kConsumers + 32) produce(p, smem.ring, smem.faults);
+    } else if (threadIdx.x < kWarpgroup) {
+        setmaxnreg_inc<232>();
+        Consumer<0>{p, smem}.run();
+    } else {
+        setmaxnreg_inc<232>();
+        Consumer<1>{p, smem}.run();
+    }
+}

@@ -1,0 +1,62 @@
+// What a latent vector, a tile and a box are, and how WGMMA finds them in shared memory.
+#pragma once
+#include "ptx.cuh"
+
+constexpr int kHeadDim = 576;   // latent (512) + rotary (64): what a query is compared with
+constexpr int kHeadDimV = 512;  // the latent alone: what is averaged
+constexpr int kTileTokens = 64;
+constexpr int kPageTokens = MLA_PAGE_SIZE;
+static_assert(kPageTokens == kTileTokens, "a page is one tile");
+
+// A box is 64 latent columns of a 64-token tile: 64 rows of 128 bytes, 128-byte swizzle, one TMA instruction.
+// Boxes 0-7 are read twice (as K, then as V), box 8, the rotary part, once.
+constexpr int kBoxColumns = 64;
+constexpr int kBoxElements = kTileTokens * kBoxColumns;
+constexpr int kBoxBytes = kBoxElements * 2;
+constexpr int kBoxes = kHeadDim / kBoxColumns;
+constexpr int kBoxesV = kHeadDimV / kBoxColumns;
+constexpr int kRotaryBox = kBoxesV;
+constexpr int kStepK = 16;  // the K extent of one WGMMA
+constexpr int kStepsPerBox = kBoxColumns / kStepK;
+
+constexpr int kWarpgroup = 128;
+constexpr int kConsumers = 2 * kWarpgroup;
+constexpr int kThreads = kConsumers + kWarpgroup;  // two consumer warpgroups, then the producer's
+constexpr int kMaxSharedBytes = 227 * 1024;
+
+// Named barriers (0 is __syncthreads).
+constexpr u32 kBarrierConsumers = 1;
+constexpr u32 kBarrierWarpgroup = 2;  // + warpgroup
+
+// Matrix descriptors (PTX ISA, "asynchronous warpgroup level matrix shared memory layout"), 128-byte swizzle.
+// Eight rows of 128 bytes make a 1,024-byte atom.
+__device__ __forceinline__ u64 descriptor(const void* smem, u32 leading_bytes) {
+    constexpr u64 kSwizzle128 = 1ull << 62;
+    constexpr u64 kAtomStride = static_cast<u64>(1024 >> 4) << 32;
+    return kSwizzle128 | kAtomStride | (static_cast<u64>(leading_bytes >> 4) << 16) |
+           static_cast<u64>((smem_address(smem) & 0x3FFFF) >> 4);
+}
+
+// Rows x 64 columns, the contraction runs along the 128-byte row (K and Q in QK^T, P in PV).
+__device__ __forceinline__ u64 descriptor_k_major(const void* smem) { return descriptor(smem, 16); }
+
+// Tokens x 64 columns, the contraction runs down the rows (V); boxes side by side lie kBoxBytes apart.
+__device__ __forceinline__ u64 descriptor_token_major(const void* smem) { return descriptor(smem, kBoxBytes); }
+
+constexpr u64 kAdvanceAlongRow = (kStepK * 2) >> 4;     // next 16 columns, in descriptor units of 16 bytes
+constexpr u64 kAdvanceDownRows = (kStepK * 128) >> 4;   // next 16 rows
+
+// Byte offset of 16-byte chunk `chunk` (0-7) of row `row` in a swizzled box.
+__device__ __forceinline__ u32 swizzled_offset(int row, int chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
+
+// Zeroes rows [first_row, 64) of the eight V boxes at `boxes`: slots past the sequence may hold NaN, and 0 * NaN is
+// NaN. Whole rows, so the swizzle does not matter. Called by one warpgroup; `box_of(c)` gives box c's address.
+template <class BoxOf>
+__device__ __forceinline__ void zero_token_rows(BoxOf box_of, int first_row, int thread) {
+    const int chunks = (kTileTokens - first_row) * 8;
+#pragma unroll 1
+    for (int c = 0; c < kBoxesV; ++c) {
+        uint4* box = reinterpret_cast<uint4*>(box_of(c)) + first_row * 8;
+        for (int i = thread; i < chunks; i += kWarpgroup) box[i] = make_uint4(0, 0, 0, 0);
+    }
+}

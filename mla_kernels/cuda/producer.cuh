@@ -1,0 +1,83 @@
+// The producer warp: walks the same work items as the consumers and streams their KV boxes into a ring, as far ahead
+// as the ring is deep, across item borders.
+#pragma once
+#include "schedule.cuh"
+
+// What a cubin does: all of it, or one of the building blocks that the study measures alone.
+enum class Work {
+    kDecode,    // everything
+    kStream,    // the loads, no arithmetic
+    kMma,       // the WGMMA sequence on whatever lies in shared memory, no loads
+    kSkeleton,  // loads and WGMMA, without softmax and the exchange of P
+};
+constexpr Work kWork = static_cast<Work>(MLA_WORK);
+constexpr bool kLoads = kWork != Work::kMma;
+constexpr bool kMath = kWork != Work::kStream;
+constexpr bool kSoftmax = kWork == Work::kDecode;
+
+template <int kSlots>
+struct BoxRing {
+    u16 box[kSlots][kBoxElements];
+    u64 full[kSlots];   // the box has landed
+    u64 empty[kSlots];  // four warps have read it for the last time
+
+    __device__ void init_barriers() {
+        for (int i = 0; i < kSlots; ++i) {
+            mbarrier_init(&full[i], 1);
+            mbarrier_init(&empty[i], 4);
+        }
+    }
+};
+
+template <int kSlots>
+struct RingCursor {
+    int slot = 0;
+    u32 phase = 0;
+
+    __device__ void advance(int boxes) {
+        slot += boxes;
+        if (slot >= kSlots) {
+            slot -= kSlots;
+            phase ^= 1;
+        }
+    }
+};
+
+// Items whose page table holds an id outside the pool; the producer is never `kFlags` items ahead.
+struct PageFaults {
+    static constexpr int kFlags = 8;
+    int flag[kFlags];
+};
+
+// Run by one warp. A page id outside the pool is never read: TMA fills the box with zeros, and the flag makes NaN of it.
+template <int kSlots>
+__device__ __forceinline__ void produce(const DecodeParams& p, BoxRing<kSlots>& ring, PageFaults& faults) {
+    const int lane = threadIdx.x & 31;
+    RingCursor<kSlots> cursor;
+    WorkRange range(p);
+    WorkItem w;
+    int item = 0;
+    while (range.next(w)) {
+        if (w.tiles == 0) continue;
+        int* fault = &faults.flag[item++ % PageFaults::kFlags];
+        if (lane == 0) *fault = 0;
+        const int* pages = p.block_table + static_cast<long long>(w.request) * p.table_stride;
+        int lane_page = 0;
+        for (int tile = w.begin; tile < w.end; ++tile) {
+            const int ahead = (tile - w.begin) & 31;
+            if (ahead == 0 && tile + lane < w.end) lane_page = pages[tile + lane];
+            const int page = __shfl_sync(0xffffffffu, lane_page, ahead);
+            if (lane == 0) {
+                if (page < 0 || page >= p.num_pages) *fault = 1;
+#pragma unroll 1
+                for (int c = 0; c < kBoxes; ++c) {
+                    mbarrier_wait(&ring.empty[cursor.slot], cursor.phase ^ 1);
+                    mbarrier_arrive_expect_tx(&ring.full[cursor.slot], kBoxBytes);
+                    tma_load_3d(ring.box[cursor.slot], &p.kv_map, &ring.full[cursor.slot], c * kBoxColumns, 0, page);
+                    cursor.advance(1);
+                }
+            }
+            __syncwarp();
+        }
+    }
+}

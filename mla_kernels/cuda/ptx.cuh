@@ -1,0 +1,240 @@
+// Every asm statement of the project: one instruction a wrapper, named after the instruction.
+// PTX ISA 9.0, target sm_90a. Shared-memory addresses are 32-bit (`smem_address`).
+#pragma once
+
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+
+constexpr float kInfinity = __builtin_bit_cast(float, 0x7f800000);  // NVRTC has no <math.h> constants
+constexpr float kNan = __builtin_bit_cast(float, 0x7fffffff);
+
+// NVRTC has no <cuda.h>: the 128-byte tensor map is declared here and filled on the host by cuTensorMapEncodeTiled.
+struct alignas(64) TensorMap {
+    u64 opaque[16];
+};
+
+__device__ __forceinline__ u32 smem_address(const void* pointer) {
+    return static_cast<u32>(__cvta_generic_to_shared(pointer));
+}
+
+// ---- mbarrier: producer and consumers hand buffers to each other -------------------------------------------------
+
+__device__ __forceinline__ void mbarrier_init(u64* barrier, u32 arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_address(barrier)), "r"(arrivals) : "memory");
+}
+
+__device__ __forceinline__ void fence_barrier_init() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ __forceinline__ void mbarrier_arrive(u64* barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_address(barrier)) : "memory");
+}
+
+__device__ __forceinline__ void mbarrier_arrive_expect_tx(u64* barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(barrier)), "r"(bytes)
+                 : "memory");
+}
+
+// Waits until the phase of parity `parity` has completed.
+__device__ __forceinline__ void mbarrier_wait(u64* barrier, u32 parity) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "wait:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra wait;\n"
+        "}\n" ::"r"(smem_address(barrier)),
+        "r"(parity)
+        : "memory");
+}
+
+// ---- named barriers: a warpgroup, or both consumer warpgroups ----------------------------------------------------
+
+__device__ __forceinline__ void named_barrier_sync(u32 id, u32 threads) {
+    asm volatile("barrier.cta.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Barrier and OR-reduction of `vote` over its threads in one instruction.
+__device__ __forceinline__ bool named_barrier_any(u32 id, u32 threads, bool vote) {
+    u32 any;
+    asm volatile(
+        "{\n"
+        ".reg .pred in, out;\n"
+        "setp.ne.u32 in, %3, 0;\n"
+        "barrier.cta.red.or.pred out, %1, %2, in;\n"
+        "selp.u32 %0, 1, 0, out;\n"
+        "}\n"
+        : "=r"(any)
+        : "r"(id), "r"(threads), "r"(static_cast<u32>(vote))
+        : "memory");
+    return any != 0;
+}
+
+// ---- TMA ---------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void prefetch_tensormap(const TensorMap* map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// Box at (x, y, z) of a rank-3 tensor -> shared memory; completes `barrier` by its bytes. Out-of-range parts are zero.
+__device__ __forceinline__ void tma_load_3d(void* smem, const TensorMap* map, u64* barrier, int x, int y, int z) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(
+            smem_address(smem)),
+        "l"(map), "r"(smem_address(barrier)), "r"(x), "r"(y), "r"(z)
+        : "memory");
+}
+
+// Orders this thread's ordinary shared-memory writes before later reads by WGMMA and TMA.
+__device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// ---- WGMMA -------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// Keeps the compiler from moving uses of accumulators across a wait (WGMMA writes them behind its back).
+template <int kCount>
+__device__ __forceinline__ void wgmma_fence_operands(float (&reg)[kCount]) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(reg[i])::"memory");
+}
+// One cubin holds one element type.
+#if MLA_BF16
+#define MMA_TYPES "f32.bf16.bf16"
+#else
+#define MMA_TYPES "f32.f16.f16"
+#endif
+
+#define REGS_4 "%0, %1, %2, %3"
+#define REGS_8 REGS_4 ", %4, %5, %6, %7"
+#define REGS_16 REGS_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define REGS_32 REGS_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define REGS_64 REGS_32 \
+    ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
+    ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define REGS_128 REGS_64 \
+    ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
+    ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95" \
+    ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
+    ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define ACC_4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define ACC_8(d, i) ACC_4(d, i), ACC_4(d, i + 4)
+#define ACC_16(d, i) ACC_8(d, i), ACC_8(d, i + 8)
+#define ACC_32(d, i) ACC_16(d, i), ACC_16(d, i + 16)
+#define ACC_64(d, i) ACC_32(d, i), ACC_32(d, i + 32)
+#define ACC_128(d, i) ACC_64(d, i), ACC_64(d, i + 64)
+
+// d[64 x N] (+)= A[64 x 16] B[16 x N], A and B in shared memory, given by matrix descriptors (layout.cuh).
+// kTransA / kTransB = 1: that operand is stored with its M (N) dimension contiguous.
+#define WGMMA_SS(N, REGS, a_index, b_index, p_index, ta_index, tb_index)                                         \
+    asm volatile(                                                                                                \
+        "{\n.reg .pred p;\nsetp.ne.b32 p, " p_index ", 0;\n"                                                      \
+        "wgmma.mma_async.sync.aligned.m64n" #N "k16." MMA_TYPES " {" REGS_##REGS "}, " a_index ", " b_index         \
+        ", p, 1, 1, " ta_index ", " tb_index ";\n}\n"                                                            \
+        : ACC_##REGS(d, 0)                                                                                       \
+        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kTransA), "n"(kTransB))
+
+template <int kN, int kTransA, int kTransB>
+__device__ __forceinline__ void wgmma_ss(float (&d)[kN / 2], u64 a, u64 b, bool accumulate) {
+    static_assert(kN == 8 || kN == 16 || kN == 32 || kN == 64 || kN == 256, "no wrapper for this N");
+    if constexpr (kN == 8) WGMMA_SS(8, 4, "%4", "%5", "%6", "%7", "%8");
+    if constexpr (kN == 16) WGMMA_SS(16, 8, "%8", "%9", "%10", "%11", "%12");
+    if constexpr (kN == 32) WGMMA_SS(32, 16, "%16", "%17", "%18", "%19", "%20");
+    if constexpr (kN == 64) WGMMA_SS(64, 32, "%32", "%33", "%34", "%35", "%36");
+    if constexpr (kN == 256) WGMMA_SS(256, 128, "%128", "%129", "%130", "%131", "%132");
+}
+
+// The same with A in registers (fragment layout of the accumulators, two elements a register).
+template <int kTransB>
+__device__ __forceinline__ void wgmma_rs_n256(float (&d)[128], const u32 (&a)[4], u64 b, bool accumulate) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %133, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n256k16." MMA_TYPES " {" REGS_128 "}, {%128, %129, %130, %131}, %132, p, 1, 1, "
+        "%134;\n}\n"
+        : ACC_128(d, 0)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kTransB));
+}
+
+// ---- fragments ---------------------------------------------------------------------------------------------------
+
+// Two fp32 -> two 16-bit elements in one register, `low` in the lower half.
+__device__ __forceinline__ u32 pack_elements(float low, float high) {
+    u32 packed;
+#if MLA_BF16
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+#else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+#endif
+    return packed;
+}
+
+// Four 8x8 blocks of 16-bit elements, registers -> shared memory; lane l gives the address of row l % 8 of block l / 8.
+__device__ __forceinline__ void stmatrix_x4(u32 address, u32 a, u32 b, u32 c, u32 d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c),
+                 "r"(d)
+                 : "memory");
+}
+
+__device__ __forceinline__ void stmatrix_x4_trans(u32 address, u32 a, u32 b, u32 c, u32 d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b),
+                 "r"(c), "r"(d)
+                 : "memory");
+}
+
+__device__ __forceinline__ void stmatrix_x2_trans(u32 address, u32 a, u32 b) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(a), "r"(b) : "memory");
+}
+
+// Transposes an 8x8 block of 16-bit elements held by a warp.
+__device__ __forceinline__ u32 movmatrix_trans(u32 a) {
+    u32 d;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(a));
+    return d;
+}
+
+__device__ __forceinline__ float exp2_approx(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// ---- registers, memory order -------------------------------------------------------------------------------------
+
+template <int kRegisters>
+__device__ __forceinline__ void setmaxnreg_inc() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+template <int kRegisters>
+__device__ __forceinline__ void setmaxnreg_dec() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+__device__ __forceinline__ u32 load_acquire(const u32* pointer) {
+    u32 value;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(pointer) : "memory");
+    return value;
+}
+
+__device__ __forceinline__ u32 atomic_add_acq_rel(u32* pointer, u32 value) {
+    u32 old;
+    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(old) : "l"(pointer), "r"(value) : "memory");
+    return old;
+}
+
+// 16 bytes past L1 (streamed once).
+__device__ __forceinline__ uint4 load_streaming(const uint4* pointer) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(pointer));
+    return v;
+}

@@ -1,0 +1,116 @@
+// Who does what: every CTA finds its share of the batch from the lengths on the device, with no plan step.
+//
+// The batch is a line of work units. Each (request, row group) is an item: `kItemUnits` units for its fixed cost, then
+// one unit a 64-token tile. A row group is `group` row blocks that sit side by side in `group` CTAs and walk the same
+// tiles at the same time, so that the second reads KV from L2. The line is cut into equal shares; an item cut by a
+// share's end is split, and its parts are merged by the CTAs that hold them (merge.cuh).
+#pragma once
+#include "layout.cuh"
+
+struct alignas(64) DecodeParams {
+    TensorMap kv_map;          // (576 columns, page_size tokens, num_pages), boxes of 64 x 64
+    const u16* q;              // (b, s_q, h_q, 576)
+    u16* out;                  // (b, s_q, h_q, 512)
+    float* lse;                // (b, h_q, s_q), natural log
+    const int* block_table;    // (b, max_pages)
+    const int* cache_seqlens;  // (b,)
+    float* partials;           // two slots a CTA (merge.cuh)
+    u32* arrivals;             // two counters a CTA, zero between launches
+    float softmax_scale_log2;  // softmax_scale * log2(e)
+    int b, s_q, h_q, num_pages, max_pages, table_stride, row_blocks, group, causal;
+};
+
+struct WorkItem {
+    int request, kv_len, tiles;
+    int row_block;         // of this CTA; may be past the last (then `active` is false)
+    int begin, end;        // this CTA's tiles
+    int first_cta, parts;  // CTA that holds the item's first tile (same place in its group), number of parts
+    bool active, invalid;  // invalid: a length outside the table: the answer is NaN
+};
+
+class WorkRange {
+   public:
+    __device__ explicit WorkRange(const DecodeParams& p) : p_(p) {
+        const int lane = threadIdx.x & 31;
+        row_groups_ = (p.row_blocks + p.group - 1) / p.group;
+        int total = 0;
+        for (int i = lane; i < p.b; i += 32) total += units(i);
+        total = __reduce_add_sync(0xffffffffu, total);
+        const int groups = gridDim.x / p.group;
+        share_ = (total + groups - 1) / groups;
+        group_index_ = blockIdx.x / p.group;
+        member_ = blockIdx.x - group_index_ * p.group;
+        position_ = group_index_ * share_;
+        end_ = min(position_ + share_, total);
+        // find the request that holds `position_`, 32 at a time
+        int before = 0;
+        for (int base = 0; position_ < end_ && base < p.b; base += 32) {
+            const int own = base + lane < p.b ? units(base + lane) : 0;
+            int inclusive = own;
+#pragma unroll
+            for (int step = 1; step < 32; step *= 2) {
+                const int other = __shfl_up_sync(0xffffffffu, inclusive, step);
+                if (lane >= step) inclusive += other;
+            }
+            const u32 past = __ballot_sync(0xffffffffu, before + inclusive > position_);
+            if (past) {
+                const int hit = __ffs(past) - 1;
+                request_ = base + hit;
+                item_begin_ = before + __shfl_sync(0xffffffffu, inclusive - own, hit);
+                break;
+            }
+            before += __shfl_sync(0xffffffffu, inclusive, 31);
+        }
+        if (position_ < end_) {  // skip the row groups of that request that end before the share
+            tiles_ = tiles(request_);
+            row_group_ = (position_ - item_begin_) / (tiles_ + kItemUnits);
+            item_begin_ += row_group_ * (tiles_ + kItemUnits);
+        }
+    }
+
+    // The next item of which this CTA has tiles, or which is empty and starts in this share.
+    __device__ bool next(WorkItem& w) {
+        while (position_ < end_) {
+            const int first_tile = item_begin_ + kItemUnits;
+            const int item_end = first_tile + tiles_;
+            const int stop = min(end_, item_end);
+            w.request = request_;
+            w.kv_len = p_.cache_seqlens[request_];
+            w.invalid = w.kv_len < 0 || w.kv_len > p_.max_pages * kPageTokens;
+            w.tiles = tiles_;
+            w.row_block = row_group_ * p_.group + member_;
+            w.active = w.row_block < p_.row_blocks;
+            w.begin = max(position_ - first_tile, 0);
+            w.end = max(stop - first_tile, 0);
+            const int first_group = first_tile / share_;
+            w.first_cta = first_group * p_.group + member_;
+            w.parts = tiles_ > 0 ? (item_end - 1) / share_ - first_group + 1 : 1;
+            const bool owns = tiles_ > 0 ? w.begin < w.end : position_ == item_begin_;
+            position_ = stop;
+            if (position_ == item_end) {
+                item_begin_ = item_end;
+                if (++row_group_ == row_groups_) {
+                    row_group_ = 0;
+                    ++request_;
+                    if (position_ < end_) tiles_ = tiles(request_);
+                }
+            }
+            if (owns && w.active) return true;
+        }
+        return false;
+    }
+
+   private:
+    static constexpr int kItemUnits = MLA_ITEM_UNITS;
+    static_assert(kItemUnits > 0, "an empty request needs a unit to be found by");
+
+    __device__ int tiles(int request) const {
+        const int length = p_.cache_seqlens[request];
+        return length < 0 || length > p_.max_pages * kPageTokens ? 0 : (length + kTileTokens - 1) / kTileTokens;
+    }
+    __device__ int units(int request) const { return row_groups_ * (tiles(request) + kItemUnits); }
+
+    const DecodeParams& p_;
+    int row_groups_, group_index_, member_, share_, position_, end_;
+    int request_ = 0, row_group_ = 0, item_begin_ = 0, tiles_ = 0;
+};

@@ -1,0 +1,229 @@
+"""Cubins onto the GPU: loading, tensor maps, argument packing, one launch on torch's current stream."""
+
+import ctypes
+import functools
+import threading
+from collections import OrderedDict
+
+import torch
+
+from mla_kernels.compiler import CompiledKernel, KernelConfig, compile_kernel
+
+_CU_TENSOR_MAP_BFLOAT16, _CU_TENSOR_MAP_FLOAT16 = 9, 6
+_CU_SWIZZLE_128B, _CU_L2_PROMOTION_256B = 3, 3
+_CU_LAUNCH_ATTRIBUTE_COOPERATIVE = 2
+
+
+class _LaunchAttribute(ctypes.Structure):
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_char * 4), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60))
+
+
+class _LaunchConfig(ctypes.Structure):
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_LaunchAttribute)),
+        ("attribute_count", ctypes.c_uint),
+    )
+
+
+class DecodeParams(ctypes.Structure):
+    """``DecodeParams`` of cuda/schedule.cuh, field by field."""
+
+    _fields_ = (
+        ("kv_map", ctypes.c_uint64 * 16),
+        ("q", ctypes.c_uint64),
+        ("out", ctypes.c_uint64),
+        ("lse", ctypes.c_uint64),
+        ("block_table", ctypes.c_uint64),
+        ("cache_seqlens", ctypes.c_uint64),
+        ("partials", ctypes.c_uint64),
+        ("arrivals", ctypes.c_uint64),
+        ("softmax_scale_log2", ctypes.c_float),
+        ("b", ctypes.c_int),
+        ("s_q", ctypes.c_int),
+        ("h_q", ctypes.c_int),
+        ("num_pages", ctypes.c_int),
+        ("max_pages", ctypes.c_int),
+        ("table_stride", ctypes.c_int),
+        ("row_blocks", ctypes.c_int),
+        ("group", ctypes.c_int),
+        ("causal", ctypes.c_int),
+        ("pad", ctypes.c_char * 32),
+    )
+
+
+class DriverError(RuntimeError):
+    """The CUDA driver refused a call; the message names the call and the driver's reason."""
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise DriverError(f"libcuda.so.1 cannot be loaded ({error}): install an NVIDIA driver") from error
+
+
+def _check(status: int, call: str) -> None:
+    if status:
+        reason = ctypes.c_char_p()
+        _driver().cuGetErrorString(status, ctypes.byref(reason))
+        text = reason.value.decode() if reason.value else "unknown"
+        raise DriverError(f"{call} failed with {status}: {text}")
+
+
+@functools.cache
+def sm_count(device: int) -> int:
+    """Multiprocessors of a CUDA device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+class LoadedKernel:
+    """A cubin on one device, ready to launch: everything that does not change between calls is packed once."""
+
+    def __init__(self, compiled: CompiledKernel, entry: str, device: int, cooperative: bool):
+        import cupy
+
+        self.compiled = compiled
+        with cupy.cuda.Device(device):
+            self._module = cupy.RawModule(path=str(compiled.path))
+            raw = self._module.get_function(entry)
+            if compiled.config.shared_bytes:
+                raw.max_dynamic_shared_size_bytes = compiled.config.shared_bytes
+            self._function = ctypes.c_void_p(raw.kernel.ptr)
+        self._attribute = _LaunchAttribute(id=_CU_LAUNCH_ATTRIBUTE_COOPERATIVE, value=1)
+        self._config = _LaunchConfig(shared_bytes=compiled.config.shared_bytes)
+        self._config.block[:] = (compiled.config.threads, 1, 1)
+        self._config.attributes = ctypes.pointer(self._attribute)
+        self._config.attribute_count = int(cooperative)
+        self._config_ref = ctypes.byref(self._config)
+        self._launch = _driver().cuLaunchKernelEx
+        self._lock = threading.Lock()  # the packed launch configuration is shared
+
+    def launch(self, grid: int, stream: int, arguments: ctypes.Array) -> None:
+        """``arguments``: array of pointers to the kernel's parameters."""
+        with self._lock:
+            self._config.grid[:] = (grid, 1, 1)
+            self._config.stream = stream
+            status = self._launch(self._config_ref, self._function, arguments, None)
+        if status:
+            _check(status, f"launch of {self.compiled.config.name}")
+
+
+_loaded: dict[tuple[KernelConfig, int], LoadedKernel] = {}
+_loading = threading.Lock()
+
+
+def load(config: KernelConfig, entry: str, device: int, *, cooperative: bool) -> LoadedKernel:
+    """The kernel of ``config`` on ``device``, compiled and loaded at the first call."""
+    key = (config, device)
+    kernel = _loaded.get(key)
+    if kernel is None:
+        with _loading:
+            kernel = _loaded.get(key)
+            if kernel is None:
+                kernel = _loaded[key] = LoadedKernel(compile_kernel(config), entry, device, cooperative)
+    return kernel
+
+
+_MAP_CACHE_SIZE = 1024  # a cache a layer, a few models
+_maps: "OrderedDict[tuple, ctypes.Array]" = OrderedDict()
+
+
+def kv_tensor_map(kv_cache: torch.Tensor) -> ctypes.Array:
+    """Tensor map of a page pool (num_pages, page_size, [1,] 576): boxes of 64 columns x 64 tokens, 128-byte swizzle.
+
+    Encoded once a pool (by address, shape, strides and dtype) and kept.
+    """
+    key = (kv_cache.data_ptr(), kv_cache.shape, kv_cache.stride(), kv_cache.dtype)
+    found = _maps.get(key)
+    if found is not None:
+        return found
+    pages, tokens, columns = kv_cache.shape[0], kv_cache.shape[1], kv_cache.shape[-1]
+    storage = (ctypes.c_uint64 * 32)()  # room to align by hand: the driver wants 64 bytes
+    address = (ctypes.addressof(storage) + 127) // 128 * 128
+    element = _CU_TENSOR_MAP_BFLOAT16 if kv_cache.dtype == torch.bfloat16 else _CU_TENSOR_MAP_FLOAT16
+    status = _driver().cuTensorMapEncodeTiled(
+        ctypes.c_void_p(address),
+        ctypes.c_int(element),
+        ctypes.c_uint32(3),
+        ctypes.c_void_p(kv_cache.data_ptr()),
+        (ctypes.c_uint64 * 3)(columns, tokens, pages),
+        (ctypes.c_uint64 * 2)(kv_cache.stride(1) * 2, kv_cache.stride(0) * 2),
+        (ctypes.c_uint32 * 3)(64, 64, 1),
+        (ctypes.c_uint32 * 3)(1, 1, 1),
+        ctypes.c_int(0),
+        ctypes.c_int(_CU_SWIZZLE_128B),
+        ctypes.c_int(_CU_L2_PROMOTION_256B),
+        ctypes.c_int(0),
+    )
+    _check(status, f"cuTensorMapEncodeTiled of a pool {tuple(kv_cache.shape)}, strides {kv_cache.stride()}")
+    encoded = (ctypes.c_uint64 * 16).from_buffer_copy(ctypes.string_at(address, 128))
+    _maps[key] = encoded
+    if len(_maps) > _MAP_CACHE_SIZE:
+        _maps.popitem(last=False)
+    return encoded
+
+
+def current_stream(device: int) -> int:
+    """Handle of torch's current stream on ``device``."""
+    return torch._C._cuda_getCurrentRawStream(device)  # what torch.compile's own launchers use; 10x cheaper
+
+
+_ARENA_LAUNCHES = 4096
+
+
+class Arrivals:
+    """The counters of split items: two a CTA, zero between launches (each launch leaves them as it found them).
+
+    Launches that may run at the same time need counters of their own: one set a stream for eager calls, and one a
+    launch for those captured in CUDA graphs, which may be replayed on any stream.
+    """
+
+    def __init__(self, device: int):
+        self._device = torch.device("cuda", device)
+        self._bytes = sm_count(device) * 8
+        self._by_stream: dict[int, torch.Tensor] = {}
+        self._arena: torch.Tensor | None = None
+        self._arena_used = 0
+        self._captured: list[torch.Tensor] = []  # alive as long as a graph may be replayed
+
+    def address(self, stream: int) -> int:
+        if torch.cuda.is_current_stream_capturing():
+            return self._capture_slot()
+        if stream not in self._by_stream:
+            self._by_stream[stream] = torch.zeros(self._bytes // 4, dtype=torch.int32, device=self._device)
+            if self._arena is None:
+                self._arena = torch.zeros(self._bytes // 4 * _ARENA_LAUNCHES, dtype=torch.int32, device=self._device)
+                torch.cuda.current_stream(self._device).synchronize()  # zero before any other stream uses a slot
+        return self._by_stream[stream].data_ptr()
+
+    def _capture_slot(self) -> int:
+        if self._arena is None or self._arena_used == _ARENA_LAUNCHES:
+            slot = torch.zeros(self._bytes // 4, dtype=torch.int32, device=self._device)  # a memset node in the graph
+            self._captured.append(slot)
+            return slot.data_ptr()
+        self._arena_used += 1
+        return self._arena.data_ptr() + (self._arena_used - 1) * self._bytes
+
+
+@functools.cache
+def arrivals(device: int) -> Arrivals:
+    return Arrivals(device)
+
+
+def stream_read(tensor: torch.Tensor) -> None:
+    """Reads a contiguous CUDA tensor once and writes nothing: the read-only bandwidth ceiling."""
+    config = KernelConfig("stream_read.cu", (("MLA_BF16", 1),), "stream_read", shared_bytes=0, threads=512)
+    device = tensor.device.index
+    kernel = load(config, "stream_read", device, cooperative=False)
+    values = (
+        ctypes.c_uint64(tensor.data_ptr()),
+        ctypes.c_uint64(tensor.numel() * tensor.element_size() // 16),
+        ctypes.c_uint64(tensor.data_ptr()),
+    )
+    pointers = (ctypes.c_void_p * 3)(*(ctypes.addressof(value) for value in values))
+    kernel.launch(2 * sm_count(device), current_stream(device), pointers)
