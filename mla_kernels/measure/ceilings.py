@@ -35,6 +35,7 @@ def measure_ceilings() -> tuple[tuple[Ceiling, ...], tuple[str, ...]]:
 
 def _read_call() -> Callable[[], object]:
     import torch
+
     from mla_kernels.launch import stream_read
 
     return functools.partial(

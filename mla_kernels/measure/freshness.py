@@ -14,7 +14,7 @@ STALE = "measure again with `make record` on a GPU, or check out the commit that
 
 def check_fresh(record: Record, path: str | os.PathLike) -> None:
     """Raises RecordError where a kernel's source digest is not that of this tree, or where there is none."""
-    from mla_kernels.compiler import source_digest
+    from mla_kernels.compiler import CompileError, source_digest
 
     if not record.source.kernels:
         raise RecordError(path, "source.kernels", "is empty, so the record cannot be tied to a source", STALE)
@@ -22,7 +22,7 @@ def check_fresh(record: Record, path: str | os.PathLike) -> None:
         field = f"source.kernels.{index}.digest"
         try:
             digest = source_digest(kernel.source)
-        except OSError:
+        except CompileError:
             raise RecordError(path, field, f"{kernel.source} is no longer in this tree", STALE) from None
         if digest != kernel.digest:
             changed = f"{kernel.source} was {kernel.digest[:12]}… when measured and is {digest[:12]}… now"

@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from .power import meter
@@ -63,26 +64,25 @@ def run_section(command: str) -> Run:
 
 def source_section() -> Source:
     """Digest and resources of every kernel that the operators can launch, compiled here if not cached."""
-    from mla_kernels.compiler import compile_kernel, resource_report, source_digest
+    from mla_kernels.compiler import KernelConfig, compile_kernel, resource_report, source_digest
     from mla_kernels.decode import shipped_configs
 
-    kernels = []
-    for config in shipped_configs():
+    def describe(config: KernelConfig) -> Kernel:
         compiled = compile_kernel(config)
         report = resource_report(compiled)
-        kernels.append(
-            Kernel(
-                name=config.name,
-                source=config.source,
-                digest=source_digest(config.source),
-                options=list(compiled.options),
-                cubin_sha256=compiled.sha256,
-                registers=report.registers,
-                stack_bytes=report.stack_bytes,
-                shared_bytes=report.static_shared_bytes,
-            )
+        return Kernel(
+            name=config.name,
+            source=config.source,
+            digest=source_digest(config.source),
+            options=list(compiled.options),
+            cubin_sha256=compiled.sha256,
+            registers=report.registers,
+            stack_bytes=report.stack_bytes,
+            shared_bytes=report.shared_bytes,
         )
-    return Source(kernels=kernels)
+
+    with ThreadPoolExecutor() as pool:
+        return Source(kernels=list(pool.map(describe, shipped_configs())))
 
 
 def device_section() -> Device:

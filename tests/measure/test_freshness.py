@@ -1,0 +1,110 @@
+"""The gate: records of other sources, broken records and a broken table stop it, with file and field."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+import mla_kernels
+from mla_kernels.measure.__main__ import main
+from mla_kernels.measure.freshness import check_fresh, problems
+from mla_kernels.measure.hardware import HARDWARE, load_hardware
+from mla_kernels.measure.records import RecordError, Source, save_record
+
+CUDA = Path(mla_kernels.__file__).parent / "cuda"
+
+
+@pytest.fixture
+def make_fresh(make_record):
+    """A record whose kernels carry the digests of this tree; ``fields`` change the first of them."""
+    from mla_kernels.compiler import source_digest
+
+    def make(**fields):
+        template = make_record().source.kernels[0]
+        kernels = [
+            template.model_copy(
+                update={"name": path.stem, "source": path.name, "digest": source_digest(path.name)}
+            )
+            for path in sorted(CUDA.glob("*.cu"))
+        ]
+        assert kernels
+        kernels[0] = kernels[0].model_copy(update=fields)
+        return make_record(source=Source(kernels=kernels))
+
+    return make
+
+
+@pytest.fixture
+def data(tmp_path, make_fresh):
+    """A data folder with one fresh record and the hardware table."""
+    save_record(make_fresh(), tmp_path / "h200" / "roofline.json")
+    shutil.copy(HARDWARE, tmp_path / "hardware.json")
+    return tmp_path
+
+
+def test_fresh(make_fresh):
+    check_fresh(make_fresh(), "r.json")
+
+
+@pytest.mark.parametrize(
+    ("fields", "found"),
+    [({"digest": "0" * 64}, "when measured and is"), ({"source": "gone.cu"}, "no longer in this tree")],
+)
+def test_stale(make_fresh, fields, found):
+    with pytest.raises(RecordError, match=found) as caught:
+        check_fresh(make_fresh(**fields), "data/h200/roofline.json")
+    message = str(caught.value)
+    assert message.startswith("data/h200/roofline.json: source.kernels.0.digest: ")
+    assert "make record" in message
+
+
+def test_a_record_without_kernels_is_not_fresh(make_record):
+    with pytest.raises(RecordError, match=r"source\.kernels: is empty"):
+        check_fresh(make_record(source=Source()), "r.json")
+
+
+def test_check_passes(data, capsys):
+    assert main(["check", "--data", str(data)]) == 0
+    assert "1 records are valid and fresh" in capsys.readouterr().out
+
+
+def test_check_names_every_problem_and_exits_1(data, make_fresh, capsys):
+    save_record(make_fresh(digest="0" * 64), data / "h200" / "stale.json")
+    (data / "h200" / "torn.json").write_text('{"schema_version": 1, "exp')
+    (data / "hardware.json").write_text('[{"name": "NVIDIA H200"}]')
+    assert main(["check", "--data", str(data)]) == 1
+    errors = capsys.readouterr().err
+    assert f"{data}/h200/stale.json: source.kernels.0.digest: " in errors
+    assert f"{data}/h200/torn.json: (file): is not whole JSON" in errors
+    assert f"{data}/hardware.json: 0.memory_gb: " in errors
+    assert "roofline.json" not in errors and len(problems(data)) == 3
+
+
+def test_list_shows_experiments_and_records(data, capsys):
+    (data / "h200" / "torn.json").write_text("")
+    assert main(["list", "--data", str(data)]) == 0
+    out = capsys.readouterr().out
+    assert "bandwidth" in out and "roofline.json: NVIDIA H200, 2026-01-01, commit 0123456789, 1 points" in out
+    assert "torn.json: unusable ((file): is empty)" in out
+
+
+def test_a_misspelled_experiment_is_refused(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["record", "rooflime"])
+    assert caught.value.code == 2 and "unknown experiment rooflime" in capsys.readouterr().err
+
+
+def test_recording_without_a_gpu_says_so(tmp_path, capsys):
+    from mla_kernels.device import hopper_available
+
+    if hopper_available():
+        pytest.skip("this machine has a Hopper GPU")
+    assert main(["record", "roofline", "--out", str(tmp_path)]) == 1
+    assert "Hopper" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_the_hardware_table():
+    cards = load_hardware()
+    assert {"NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA H800"} == set(cards)
+    assert cards["NVIDIA H200"].bandwidth_tb_s == 4.8
+    assert all(card.sources for card in cards.values())

@@ -1,0 +1,116 @@
+"""The check that precedes every timing, and points that fail without ending the run."""
+
+import pytest
+import torch
+
+from mla_kernels.measure.figures import flop
+from mla_kernels.measure.points import CHECK_FLOP, Bound, Step, bind, check, measure, sequences_to_check
+from mla_kernels.measure.timing import MIN_SHORT_CALLS, SAMPLE_US, calls_per_sample
+from mla_kernels.measure.workloads import explicit, materialize, uniform
+from mla_kernels.reference import mla_decode_reference
+
+
+@pytest.fixture
+def attention():
+    """(inputs, Bound) of a right attention, rounded; ``spoil(index, out, lse)`` breaks it."""
+
+    def make(workload, sets=2, spoil=lambda index, out, lse: None):
+        inputs = materialize(workload, device="cpu", sets=sets)
+        shared = inputs.q.new_empty(*inputs.q.shape[:3], 512)
+
+        def call(index):
+            table, causal = inputs.block_tables[index], workload.causal
+            out, lse = mla_decode_reference(
+                inputs.q, inputs.kv_cache, table, inputs.cache_seqlens, causal=causal
+            )
+            shared.copy_(out)
+            lse = lse.float()
+            spoil(index, shared, lse)
+            return shared, lse
+
+        return inputs, Bound([lambda i=i: call(i) for i in range(sets)], shared)
+
+    return make
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_rounding_is_all_that_a_right_result_shows(attention, causal):
+    workload = explicit([0, 1, 65, 200], h_q=3, s_q=2, causal=causal)
+    error = check(*attention(workload), seed=0)
+    assert 0 < error.out_rel_l2 < 3e-3 and error.lse_max_abs < 1e-6
+    assert error.excess("bf16") is None and error.reference == "fp64 oracle, all 4 sequences"
+
+
+def test_a_wrong_last_kv_set_is_seen(attention):
+    def spoil(index, out, lse):
+        if index == 2:
+            out[1, 0, 0] *= 1.5
+
+    error = check(*attention(uniform(2, 100, h_q=3), sets=3, spoil=spoil), seed=0)
+    assert "out relative L2 error" in error.excess("bf16")
+
+
+def test_a_wrong_lse_is_seen(attention):
+    error = check(*attention(uniform(2, 100, h_q=3), spoil=lambda i, out, lse: lse[1].add_(1e-3)), seed=0)
+    assert error.lse_max_abs == pytest.approx(1e-3, rel=0.01) and "lse" in error.excess("bf16")
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda index, out, lse: out[1].fill_(float("nan")),
+        lambda index, out, lse: lse[1].fill_(float("-inf")),
+        lambda index, out, lse: lse[1].fill_(float("nan")),
+    ],
+)
+def test_what_is_not_finite_has_no_error_figure(attention, spoil):
+    with pytest.raises(ArithmeticError, match="not finite"):
+        check(*attention(uniform(2, 100, h_q=3), spoil=spoil), seed=0)
+
+
+def test_an_output_left_unwritten_is_seen(attention):
+    inputs, bound = attention(uniform(2, 100, h_q=3), sets=1)
+    bound.calls[0]()
+    stale = (
+        bound.out.clone(),
+        mla_decode_reference(inputs.q, inputs.kv_cache, inputs.block_tables[0], inputs.cache_seqlens)[1],
+    )
+    assert stale[0].isfinite().all()  # the right values are there before the check
+    lazy = Bound([lambda: (bound.out, stale[1])], bound.out)
+    with pytest.raises(ArithmeticError):
+        check(inputs, lazy, seed=0)
+
+
+def test_large_points_are_checked_on_a_subset():
+    workload = uniform(64, 65536, h_q=128, s_q=2)
+    chosen = sequences_to_check(workload, seed=1)
+    assert chosen == sorted(set(chosen)) and 0 < len(chosen) < 64
+    cost = flop(workload) / 64
+    assert len(chosen) * cost <= CHECK_FLOP < (len(chosen) + 1) * cost
+    assert chosen != sequences_to_check(workload, seed=2)
+    assert sequences_to_check(explicit([0, 3, 0], h_q=1), seed=0) == [0, 1, 2]
+    assert len(sequences_to_check(uniform(1, 1 << 22, h_q=512), seed=0)) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
+def test_what_cannot_be_measured_becomes_a_point_with_its_reason():
+    step = Step(uniform(2, 64, h_q=16), ("mla_kernels", "block:mma"), sustain=("block:mma",))
+    points = measure(step, l2_bytes=1 << 20, seed=0)
+    assert [(p.implementation, p.status, p.samples_us) for p in points] == [
+        ("mla_kernels", "failed", []),
+        ("block:mma", "failed", []),
+    ]
+    assert all(point.reason for point in points)
+
+
+def test_an_unknown_implementation_is_named():
+    inputs = materialize(uniform(1, 64, h_q=1), device="cpu")
+    with pytest.raises(ValueError, match="'block:magic' is unknown; known are mla_kernels, block:stream"):
+        bind("block:magic", inputs)
+
+
+@pytest.mark.parametrize("eager_us", [0.0, 5.0, 40.0, 61.0, 150.0, 5000.0])
+def test_a_sample_is_long_enough(eager_us):
+    calls = calls_per_sample(eager_us)
+    assert calls * eager_us >= SAMPLE_US or calls >= MIN_SHORT_CALLS
+    assert eager_us < 60 or (calls - 1) * eager_us < SAMPLE_US  # and no longer than it must be
