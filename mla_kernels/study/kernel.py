@@ -3,6 +3,7 @@
 from ipykernel.kernelspec import get_kernel_dict
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
+from traitlets import default
 
 
 class ThisInterpreter(AsyncKernelManager):
@@ -12,3 +13,8 @@ class ThisInterpreter(AsyncKernelManager):
     def kernel_spec(self) -> KernelSpec:
         """ipykernel under `sys.executable`."""
         return KernelSpec(**get_kernel_dict())
+
+    @default("transport_encryption")
+    def _encrypt(self) -> str:
+        # ipykernel 7 writes a warning into every run without it
+        return "auto"

@@ -91,7 +91,7 @@ def execute(notebook: Path, parameters: dict[str, Any], output: Path) -> str | N
             parameters=parameters,
             cwd=notebook.parent,
             kernel_manager_class=ThisInterpreter,
-            progress_bar=sys.stderr.isatty(),
+            progress_bar={"leave": False, "desc": output.stem} if sys.stderr.isatty() else False,
         )
     except PapermillExecutionError as failure:
         error = f"cell {failure.exec_count}: {failure.ename}: {failure.evalue}"
