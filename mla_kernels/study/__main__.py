@@ -17,7 +17,14 @@ def main(argv: list[str] | None = None) -> int:
     for name, summary in COMMANDS.items():
         command = commands.add_parser(name, help=summary)
         if name in argv[:1]:  # the others stay unimported
-            module = importlib.import_module(f"mla_kernels.study.{name}")
+            try:
+                module = importlib.import_module(f"mla_kernels.study.{name}")
+            except ModuleNotFoundError as missing:
+                if missing.name is None or missing.name.startswith("mla_kernels"):
+                    raise
+                parser.error(
+                    f"{missing.name} is not installed for {sys.executable}; `pip install -e .` adds it"
+                )
             module.add_arguments(command)
             command.set_defaults(run=module.run)
     args = parser.parse_args(argv)
