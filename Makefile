@@ -23,9 +23,10 @@ else
   READY := .venv/.ready-$(EXTRA)
 endif
 LOG := .venv/install.log
+PIP := $(PY) -m pip --disable-pip-version-check install -c .ci/lock.txt
 # Said every 20 packages, since pip is silent for minutes.
 PROGRESS := awk '/^Collecting/ && ++n % 20 == 0 { print "      " n " packages"; fflush() } \
-                 /^Installing collected/ { print "      unpacking"; fflush() }'
+                 /^Installing collected/ && n > 2 { print "      unpacking"; fflush() }'
 
 .PHONY: help
 help: ## say what there is
@@ -42,11 +43,8 @@ env: $(READY) ## set up .venv (the targets below do it by themselves)
 	@echo "[1/3] .venv with $$($(PYTHON) -V)"
 	@$(PYTHON) -m venv .venv
 	@echo "[2/3] packages for a machine $(if $(filter gpu,$*),with,without) an NVIDIA GPU (minutes the first time; log in $(LOG))"
-	@set +e; PIP_DISABLE_PIP_VERSION_CHECK=1; export PIP_DISABLE_PIP_VERSION_CHECK; \
-	{ $(PY) -m pip install -c .ci/lock.txt pip setuptools && \
-	  $(PY) -m pip install -c .ci/lock.txt --no-build-isolation -e '.[$*,dev]'; } 2>&1 | tee $(LOG) | $(PROGRESS); \
-	if [ $${PIPESTATUS[0]} -ne 0 ]; then \
-	  echo "installation failed; the end of $(LOG):" >&2; grep -v '^WARNING' $(LOG) | tail -n 15 >&2; exit 1; fi
+	@{ $(PIP) pip setuptools && $(PIP) --no-build-isolation -e '.[$*,dev]'; } 2>&1 | tee $(LOG) | $(PROGRESS) || { \
+	  echo "installation failed; the end of $(LOG):" >&2; grep -v '^WARNING' $(LOG) | tail -n 15 >&2; exit 1; }
 	@echo "[3/3] ready"
 	@touch $@
 
