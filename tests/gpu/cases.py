@@ -139,10 +139,10 @@ class ErrorLog:
             f"(number {int(errors[i, 3])}), lse {errors[i, 2]:.2e}"
             for i in bad
         ]
+        summary = f"worst out {maxima[0]:.2e}, worst sequence {maxima[1]:.2e}, worst lse {maxima[2]:.2e}"
         assert not bad, (
-            f"{len(bad)} of {len(errors)} results over the limits (out {limit:.0e}, lse {LSE_LIMIT:.0e}); worst "
-            f"out {maxima[0]:.2e}, worst sequence {maxima[1]:.2e}, worst lse {maxima[2]:.2e}\n"
-            + "\n".join(lines[:60])
+            f"{len(bad)} of {len(errors)} results over the limits (out {limit:.0e}, lse {LSE_LIMIT:.0e}); "
+            f"{summary}\n" + "\n".join(lines[:60])
         )
 
 

@@ -23,15 +23,14 @@ def equal(a: Result, b: Result) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("lengths", "s_q", "h_q"),
     [
-        ([131072], 1, 16),
-        ([4096], 1, 128),
-        (LONG, 2, 128),
-        (LONG, 1, 7),
-        (MANY, 1, 16),
-        (MANY, 3, 24),
-        (MANY, 1, 128),
+        pytest.param([131072], 1, 16, id="one of 131072, 16 rows"),
+        pytest.param([4096], 1, 128, id="one of 4096, 128 rows"),
+        pytest.param(LONG, 1, 7, id="uneven, 7 rows"),
+        pytest.param(LONG, 2, 128, id="uneven, 256 rows"),
+        pytest.param(MANY, 1, 16, id="many, 16 rows"),
+        pytest.param(MANY, 3, 24, id="many, 72 rows"),
+        pytest.param(MANY, 1, 128, id="many, 128 rows"),
     ],
-    ids=str,
 )
 def test_repeats_bitwise(lengths, s_q, h_q):
     case = paged_case(lengths, s_q, h_q, torch.bfloat16)
