@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .experiments import EXPERIMENTS
 from .freshness import problems, record_files
-from .provenance import DATA, UnknownCommit, gpu_folder
+from .provenance import DATA, ROOT, UnknownCommit, gpu_folder
 from .records import RecordError, load_record, save_record
 
 
@@ -27,7 +27,10 @@ def record(arguments: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             print(f"interrupted: the record of {name} is as it was", file=sys.stderr)
             return 130
-        folder = arguments.out or DATA / gpu_folder(result.device.name)
+        home = (
+            DATA if arguments.scope == "full" else ROOT / "build" / "records"
+        )  # data/ holds whole records only
+        folder = arguments.out or home / gpu_folder(result.device.name)
         save_record(result, folder / f"{name}.json")
         failed = [point for point in result.points if point.status == "failed"]
         print(f"{folder / name}.json: {len(result.points)} points, {len(failed)} failed")
@@ -72,7 +75,9 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument(
         "experiment", nargs="*", metavar="EXPERIMENT", help=f"of {', '.join(EXPERIMENTS)}; all"
     )
-    command.add_argument("--out", type=Path, metavar="DIR", help="folder to write to (default: data/<gpu>)")
+    command.add_argument(
+        "--out", type=Path, metavar="DIR", help="default: data/<gpu>; live: build/records/<gpu>"
+    )
     command.add_argument("--scope", choices=("full", "live"), default="full", help="live: what notebooks run")
     command.set_defaults(run=record)
 

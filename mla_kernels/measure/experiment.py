@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from . import ceilings, points, provenance, timing
 from .counters import CountersUnavailable, profile
@@ -17,7 +18,7 @@ Progress = Callable[[str], None]
 
 
 def run_steps(experiment: str, scope: str, steps: Sequence[Step], progress: Progress = print) -> Record:
-    """Measure the ceilings and every step (repeated ones once), then read the counters asked for.
+    """Measure the ceilings and every step; steps at one workload become one, so that a record has no twins.
 
     Steps with sustained load come last, so that the bursts of others do not meet a card that it has heated.
     Raises DeviceUnavailable where there is no Hopper GPU, UnknownCommit where the source has no name.
@@ -30,7 +31,7 @@ def run_steps(experiment: str, scope: str, steps: Sequence[Step], progress: Prog
             "the notebooks replay the records under data/ without one"
         )
     run = provenance.run_section(f"python -m mla_kernels.measure record {experiment} --scope {scope}")
-    steps = sorted(dict.fromkeys(steps), key=lambda step: bool(step.sustain))
+    steps = sorted(merge(steps), key=lambda step: bool(step.sustain))
     began = time.perf_counter()
     source, device = provenance.source_section(), provenance.device_section()
     progress(f"{experiment}: {len(source.kernels)} kernels ready, {time.perf_counter() - began:.0f} s")
@@ -41,10 +42,9 @@ def run_steps(experiment: str, scope: str, steps: Sequence[Step], progress: Prog
     measured: list[Point] = []
     for number, step in enumerate(steps, 1):
         for point in points.measure(step, l2_bytes=device.l2_bytes, seed=SEED):
-            measured.append(point)
+            measured.append(_with_counters(point) if point.implementation in step.count else point)
             elapsed = time.perf_counter() - began
-            progress(f"{experiment} {number}/{len(steps)}, {elapsed:.0f} s: {describe(point)}")
-    counted = {(step.workload, name) for step in steps for name in step.count}
+            progress(f"{experiment} {number}/{len(steps)}, {elapsed:.0f} s: {describe(measured[-1])}")
     return Record(
         experiment=experiment,
         run=run,
@@ -62,19 +62,32 @@ def run_steps(experiment: str, scope: str, steps: Sequence[Step], progress: Prog
             notes=list(notes),
         ),
         ceilings=list(limits),
-        points=[_with_counters(point, counted, progress) for point in measured],
+        points=measured,
     )
 
 
-def _with_counters(point: Point, counted: set, progress: Progress) -> Point:
-    if (point.workload, point.implementation) not in counted or (point.mode, point.status) != ("burst", "ok"):
+def merge(steps: Sequence[Step]) -> list[Step]:
+    """One step for each workload and rotation, with all that the given ones ask of it."""
+    merged: dict[tuple, Step] = {}
+    for step in steps:
+        key = (step.workload, step.rotate)
+        first = merged.setdefault(key, step)
+        wanted = {
+            name: tuple(dict.fromkeys(getattr(first, name) + getattr(step, name)))
+            for name in ("implementations", "sustain", "count")
+        }
+        merged[key] = replace(first, **wanted)
+    return list(merged.values())
+
+
+def _with_counters(point: Point) -> Point:
+    """The profiler flushes the L2 and runs a burst: a point that does neither, or failed, stays as it is."""
+    if (point.mode, point.status) != ("burst", "ok"):
         return point
     try:
-        found = {"counters": profile(point.implementation, point.workload)}
+        return point.model_copy(update={"counters": profile(point.implementation, point.workload)})
     except CountersUnavailable as error:
-        found = {"counters_reason": str(error)}
-    progress(f"counters of {describe(point)}: {found}")
-    return point.model_copy(update=found)
+        return point.model_copy(update={"counters_reason": str(error)})
 
 
 def describe(point: Point) -> str:
@@ -89,4 +102,10 @@ def describe(point: Point) -> str:
     if point.status != "ok":
         return f"{axes}: {point.status}: {point.reason}"
     error = f", error {point.error.out_rel_l2:.1e}" if point.error else ""
-    return f"{axes}: {point.per_call_us:.1f} µs, {tb_s(point):.2f} TB/s, {tflops(point):.0f} TFLOP/s{error}"
+    counters = (
+        f", counters {point.counters or point.counters_reason}"
+        if point.counters or point.counters_reason
+        else ""
+    )
+    rates = f"{point.per_call_us:.1f} µs, {tb_s(point):.2f} TB/s, {tflops(point):.0f} TFLOP/s"
+    return f"{axes}: {rates}{error}{counters}"

@@ -56,8 +56,11 @@ class PowerMeter:
             import torch
 
             pynvml.nvmlInit()
-            uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
-            self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+            if pynvml.nvmlDeviceGetCount() == 1:
+                self._handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+            else:  # CUDA_VISIBLE_DEVICES renumbers torch's devices, not NVML's
+                uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
+                self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
             self._nvml = pynvml
         except Exception as error:  # no package, no driver, no GPU: all mean that there is nothing to read
             self.unavailable = f"{type(error).__name__}: {error}"

@@ -2,12 +2,12 @@
 
 import pytest
 
-from mla_kernels.measure.experiment import describe, run_steps
+from mla_kernels.measure.experiment import describe, merge, run_steps
 from mla_kernels.measure.experiments import EXPERIMENTS, bandwidth, roofline
 from mla_kernels.measure.figures import DECODE, HEAD_DIM_QK, flop, kv_bytes, query_rows
-from mla_kernels.measure.points import BLOCKS
+from mla_kernels.measure.points import BLOCKS, Step
 from mla_kernels.measure.timing import RAMP_SECONDS, SUSTAINED_SECONDS
-from mla_kernels.measure.workloads import sets_to_defeat_l2
+from mla_kernels.measure.workloads import sets_to_defeat_l2, uniform
 
 H200_L2 = 60 << 20
 
@@ -54,6 +54,19 @@ def test_bandwidth_has_its_pairs(scope):
     tokens_of_even = [sum(w.lengths) for w in rotated if w.lengths_kind == "uniform"]
     assert len(varied) == 4 and all(sum(w.lengths) in tokens_of_even for w in varied)
     assert any(step.count for step in steps)
+
+
+def test_steps_at_one_workload_become_one():
+    workload = uniform(2, 64, h_q=16)
+    steps = [
+        Step(workload, ("a", "b"), sustain=("a",)),
+        Step(workload, ("a",), rotate=False),
+        Step(workload, ("c", "b"), sustain=("c",), count=("b",)),
+    ]
+    assert merge(steps) == [
+        Step(workload, ("a", "b", "c"), sustain=("a", "c"), count=("b",)),
+        Step(workload, ("a",), rotate=False),
+    ]
 
 
 def test_no_measuring_without_a_hopper_gpu():
