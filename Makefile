@@ -68,7 +68,11 @@ record: $(READY) ## measure again into data/ (Hopper GPU)
 
 .PHONY: test-gpu
 test-gpu: $(READY) ## verify the kernels against fp64 and record the outcome (Hopper GPU)
-	@$(PY) -m pytest -q tests/gpu $(ARGS)
+	@gpu=$$($(PY) -c 'import torch; print(torch.cuda.get_device_name())' 2>/dev/null) || { \
+	  echo "make test-gpu needs a Hopper GPU that torch can use; there is none" >&2; exit 1; }; \
+	folder=$$($(PY) -c 'import sys; from mla_kernels.measure.provenance import gpu_folder; print(gpu_folder(sys.argv[1]))' \
+	  "$$gpu"); \
+	$(PY) -m pytest -q tests/gpu --record "data/$$folder/verification.json" $(ARGS)
 
 .PHONY: clean
 clean: ## remove what make made: .venv, build, caches
