@@ -40,5 +40,6 @@ def load_hardware(path: str | os.PathLike = HARDWARE) -> dict[str, Hardware]:
         if not isinstance(error, ValidationError):
             raise RecordError(path, "(file)", f"cannot be read: {error}", remedy) from None
         first = error.errors()[0]
-        raise RecordError(path, ".".join(map(str, first["loc"])), first["msg"], remedy) from None
+        field = ".".join(map(str, first["loc"])) or "(file)"
+        raise RecordError(path, field, first["msg"], remedy) from None
     return {card.name: card for card in cards}

@@ -9,7 +9,6 @@ import os
 import platform
 import re
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from .power import meter
@@ -81,8 +80,7 @@ def source_section() -> Source:
             shared_bytes=report.shared_bytes,
         )
 
-    with ThreadPoolExecutor() as pool:
-        return Source(kernels=list(pool.map(describe, shipped_configs())))
+    return Source(kernels=[describe(config) for config in shipped_configs()])
 
 
 def device_section() -> Device:

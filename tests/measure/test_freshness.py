@@ -1,5 +1,6 @@
 """The gate: records of other sources, broken records and a broken table stop it, with file and field."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -108,3 +109,21 @@ def test_the_hardware_table():
     assert {"NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA H800"} == set(cards)
     assert cards["NVIDIA H200"].bandwidth_tb_s == 4.8
     assert all(card.sources for card in cards.values())
+
+
+@pytest.mark.parametrize(
+    ("content", "field"),
+    [('[{"name": "x", "colour": "red"}]', "0.memory_gb"), ("[1", "(file)"), ("{}", "(file)")],
+)
+def test_a_broken_hardware_table_names_its_field(tmp_path, content, field):
+    (tmp_path / "hardware.json").write_text(content)
+    with pytest.raises(RecordError) as caught:
+        load_hardware(tmp_path / "hardware.json")
+    assert caught.value.field == field
+
+
+def test_the_hardware_table_takes_no_other_field(tmp_path):
+    card = json.loads(HARDWARE.read_text())[0] | {"colour": "red"}
+    (tmp_path / "hardware.json").write_text(json.dumps([card]))
+    with pytest.raises(RecordError, match=r"0\.colour"):
+        load_hardware(tmp_path / "hardware.json")

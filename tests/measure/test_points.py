@@ -5,7 +5,7 @@ import torch
 
 from mla_kernels.measure.figures import flop
 from mla_kernels.measure.points import CHECK_FLOP, Bound, Step, bind, check, measure, sequences_to_check
-from mla_kernels.measure.timing import MIN_SHORT_CALLS, SAMPLE_US, calls_per_sample
+from mla_kernels.measure.timing import HOST_BOUND_US, MIN_SHORT_CALLS, SAMPLE_US, calls_per_sample
 from mla_kernels.measure.workloads import explicit, materialize, uniform
 from mla_kernels.reference import mla_decode_reference
 
@@ -112,5 +112,8 @@ def test_an_unknown_implementation_is_named():
 @pytest.mark.parametrize("eager_us", [0.0, 5.0, 40.0, 61.0, 150.0, 5000.0])
 def test_a_sample_is_long_enough(eager_us):
     calls = calls_per_sample(eager_us)
-    assert calls * eager_us >= SAMPLE_US or calls >= MIN_SHORT_CALLS
-    assert eager_us < 60 or (calls - 1) * eager_us < SAMPLE_US  # and no longer than it must be
+    assert calls * max(eager_us, 1.0) >= SAMPLE_US
+    if eager_us < HOST_BOUND_US:  # may be a kernel of a few µs behind a slow host
+        assert calls >= MIN_SHORT_CALLS
+    else:
+        assert (calls - 1) * eager_us < SAMPLE_US, "longer than it must be"
