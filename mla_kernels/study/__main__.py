@@ -6,6 +6,7 @@ import sys
 
 COMMANDS = {
     "reproduce": "run every notebook and write the report",
+    "findings": "derive every finding from the records",
 }
 
 

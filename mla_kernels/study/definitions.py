@@ -1,0 +1,217 @@
+"""What each finding means: its key, unit, target, and how a record gives it.
+
+Targets are those of the decode milestone; a fraction or penalty is the worst over its points.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from mla_kernels.measure import figures
+from mla_kernels.measure.energy import fit_energy_roof
+from mla_kernels.measure.figures import DECODE
+from mla_kernels.measure.records import LSE_MAX_ABS_LIMIT, OUT_REL_L2_LIMIT, Point, Record
+from mla_kernels.measure.workloads import spread_evenly
+
+from . import fits
+from .tables import label
+
+MANY_TOKENS = 1 << 20  # b · kv from which a memory-bound call must reach the bandwidth
+FEW_ROWS = 32  # query rows (h_q · s_q) up to which a call is memory-bound without doubt
+
+
+Candidates = Iterable[tuple[float, str]]
+
+
+@dataclass(frozen=True)
+class Definition:
+    """``derive`` gives (value, where) for each place in a record; ``choose`` takes one value of all records.
+
+    ``experiment``: of that experiment's record alone, where several could tell.
+
+    A LookupError of ``derive`` says that the record holds nothing to derive it from.
+    """
+
+    key: str
+    unit: str
+    target: str
+    derive: Callable[[Record], Candidates]
+    choose: Callable[..., tuple[float, ...]]
+    experiment: str = ""
+
+
+def _decode(record: Record, *modes: str) -> Iterator[Point]:
+    """Timed decode points; of one workload not the one that reads the same KV again from L2."""
+    for point in record.points:
+        if (point.implementation, point.status) != (DECODE, "ok") or point.mode not in (modes or ("burst",)):
+            continue
+        if fits.is_cold(record, point):
+            yield point
+
+
+def _at(record: Record, b: int, h_q: int, kv: int, mode: str = "burst") -> Iterator[Point]:
+    for point in _decode(record, mode):
+        w = point.workload
+        if (w.b, w.h_q, w.s_q, w.mean_len, w.lengths_kind) == (b, h_q, 1, kv, "uniform"):
+            yield point
+
+
+def _bandwidth_fraction(record: Record) -> Candidates:
+    for point in _decode(record, "burst", "sustained"):
+        w = point.workload
+        if sum(w.lengths) >= MANY_TOKENS and figures.query_rows(w) <= FEW_ROWS:
+            yield figures.bandwidth_share(record, point), label(point)
+
+
+def _skeleton_fraction(record: Record) -> Candidates:
+    for point in _decode(record, "burst", "sustained"):
+        w = point.workload
+        skeleton = figures.counterpart(record, point, "block:skeleton")
+        if skeleton and w.h_q == 128 and w.b >= 32 and min(w.lengths) >= 8192:
+            yield figures.speed_ratio(point, skeleton), label(point)
+
+
+def _varlen_penalty(record: Record) -> Candidates:
+    even = {p.workload: p for p in _decode(record) if p.workload.lengths_kind == "uniform"}
+    for point in _decode(record):
+        other = even.get(spread_evenly(point.workload))
+        if point.workload.lengths_kind in ("normal", "lognormal") and other:
+            yield point.per_call_us / other.per_call_us - 1, label(point)
+
+
+def _time_at(b: int, h_q: int, kv: int) -> Callable[[Record], Candidates]:
+    return lambda record: [(p.per_call_us, label(p)) for p in _at(record, b, h_q, kv)]
+
+
+def _tflops_at(b: int, h_q: int, kv: int, mode: str) -> Callable[[Record], Candidates]:
+    return lambda record: [(figures.tflops(p), label(p)) for p in _at(record, b, h_q, kv, mode)]
+
+
+def _share_at(b: int, h_q: int, kv: int) -> Callable[[Record], Candidates]:
+    return lambda record: [(figures.bandwidth_share(record, p), label(p)) for p in _at(record, b, h_q, kv)]
+
+
+def _energy_at(b: int, h_q: int, kv: int) -> Callable[[Record], Candidates]:
+    def derive(record: Record) -> Candidates:
+        for point in _at(record, b, h_q, kv, "sustained"):
+            if (joules := figures.joules_per_token(point)) is not None:
+                yield 1e3 * joules, label(point)
+
+    return derive
+
+
+def _ceiling(name: str, mode: str) -> Callable[[Record], Candidates]:
+    return lambda record: [(figures.find_ceiling(record, name, mode).value, f"{name}, {mode}")]
+
+
+def _l2_speedup(record: Record) -> Candidates:
+    for point in _decode(record):
+        for again in record.points:
+            same = (again.workload, again.implementation, again.mode) == (point.workload, DECODE, "burst")
+            if same and again.status == "ok" and again.kv_sets == 1 and point.kv_sets > 1:
+                yield figures.speed_ratio(again, point), label(point)
+
+
+def _bytes_read(record: Record) -> Candidates:
+    for point in _decode(record):
+        if point.counters and "dram_read_bytes" in point.counters:
+            counted = figures.moved_bytes(point.workload)
+            yield point.counters["dram_read_bytes"] / counted, label(point)
+
+
+def _verified(name: str) -> Callable[[Record], Candidates]:
+    def derive(record: Record) -> Candidates:
+        if record.verification is not None:
+            total = sum(getattr(suite, name) for suite in record.verification.suites.values())
+            yield float(total), "tests/gpu"
+
+    return derive
+
+
+def _worst_error(name: str) -> Callable[[Record], Candidates]:
+    def derive(record: Record) -> Candidates:
+        if record.verification is not None and name in record.verification.worst:
+            yield record.verification.worst[name], "tests/gpu"
+
+    return derive
+
+
+def _peak(record: Record) -> Candidates:
+    return [(figures.tflops(point), label(point)) for point in _decode(record)]
+
+
+def _worst_lse(record: Record) -> Candidates:
+    worst = record.verification.worst if record.verification else {}
+    return [(value, f"tests/gpu, {name}") for name, value in worst.items() if name.startswith("lse_max_abs/")]
+
+
+def _energy(coefficient: str) -> Callable[[Record], Candidates]:
+    return lambda record: [(getattr(fit_energy_roof(record), coefficient), "fit to the building blocks")]
+
+
+def _fixed_cost(coefficient: str) -> Callable[[Record], Candidates]:
+    where = f"fit over kv, b {fits.FIXED_COST_BATCH}, h_q {fits.FIXED_COST_HEADS}"
+    return lambda record: [(getattr(fits.fit_fixed_cost(record), coefficient), where)]
+
+
+def _ridge(record: Record) -> Candidates:
+    return [(fits.ridge(record), "ceilings, burst")]
+
+
+def _knee(record: Record) -> Candidates:
+    return [(fits.fit_knee(record).flop_per_byte, f"sweep of query rows, kv {fits.KNEE_LENGTH}")]
+
+
+_DECODE = (
+    ("bandwidth_fraction", "of HBM read rate", "≥ 0.94", _bandwidth_fraction, min),
+    ("b128_h16_kv4096_bandwidth_fraction", "of HBM read rate", "≥ 0.91", _share_at(128, 16, 4096), min),
+    ("peak_tflops", "TFLOP/s", "≥ 700", _peak, max),
+    ("b64_h128_kv16384_tflops", "TFLOP/s", "≥ 660", _tflops_at(64, 128, 16384, "burst"), min),
+    ("b64_h128_kv16384_tflops_sustained", "TFLOP/s", "", _tflops_at(64, 128, 16384, "sustained"), min),
+    ("skeleton_fraction", "of the no-softmax skeleton", "≥ 0.95", _skeleton_fraction, min),
+    ("varlen_penalty", "of the even time", "≤ 0.05", _varlen_penalty, max),
+    ("b1_h16_kv4096_us", "µs", "≤ 8", _time_at(1, 16, 4096), max),
+    ("b1_h16_kv131072_us", "µs", "≤ 40", _time_at(1, 16, 131072), max),
+    ("b1_h128_kv4096_us", "µs", "≤ 10", _time_at(1, 128, 4096), max),
+)
+_ROOFLINE = (
+    ("roofline.hbm_read", "TB/s", "", _ceiling(figures.HBM_READ, "burst"), max),
+    ("roofline.matmul", "TFLOP/s", "", _ceiling(figures.MATMUL, "burst"), max),
+    ("roofline.matmul_sustained", "TFLOP/s", "", _ceiling(figures.MATMUL, "sustained"), max),
+    ("roofline.ridge", "FLOP/B", "", _ridge, max),
+    ("roofline.knee", "FLOP/B", "", _knee, max),
+    ("energy.static_w", "W", "", _energy("static_w"), max),
+    ("energy.pj_per_byte", "pJ/B", "", _energy("w_per_tb_s"), max),
+    ("energy.pj_per_flop", "pJ/FLOP", "", _energy("w_per_tflops"), max),
+    ("energy.h16_mj_per_token", "mJ per token and layer", "", _energy_at(64, 16, 16384), max),
+    ("energy.h128_mj_per_token", "mJ per token and layer", "", _energy_at(64, 128, 16384), max),
+)
+_BANDWIDTH = (
+    ("bandwidth.fixed_cost_us", "µs", "", _fixed_cost("fixed_us"), max),
+    ("bandwidth.slope", "TB/s", "", _fixed_cost("tb_s"), min),
+    ("bandwidth.l2_speedup", "×", "", _l2_speedup, max),
+    ("bandwidth.bytes_read", "of the bytes counted", "", _bytes_read, max),
+)
+_VERIFICATION = (
+    ("verification.passed", "GPU tests", "", _verified("passed"), min),
+    ("verification.failed", "GPU tests", "≤ 0", _verified("failed"), max),
+    *(
+        (
+            f"verification.out_rel_l2_{dtype}",
+            "relative L2",
+            f"≤ {limit:g}",
+            _worst_error(f"out_rel_l2/{dtype}"),
+            max,
+        )
+        for dtype, limit in OUT_REL_L2_LIMIT.items()
+    ),
+    ("verification.lse_max_abs", "absolute", f"≤ {LSE_MAX_ABS_LIMIT:g}", _worst_lse, max),
+)
+
+DEFINITIONS = (
+    *(Definition(f"decode.{key}", *rest) for key, *rest in _DECODE),
+    *(Definition(*fields, "roofline") for fields in _ROOFLINE),
+    *(Definition(*fields, "bandwidth") for fields in _BANDWIDTH),
+    *(Definition(*fields, "verification") for fields in _VERIFICATION),
+)

@@ -1,0 +1,150 @@
+"""Records for the notebooks: replayed from ``data/``, or measured now on a Hopper GPU.
+
+Environment: ``MLA_KERNELS_SOURCE`` (auto, live, replay) overrides what a notebook asks for;
+``MLA_KERNELS_DATA`` names a folder to replay instead of ``data/``. Replaying imports no torch.
+"""
+
+from __future__ import annotations
+
+import ast
+import ctypes
+import datetime
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Literal
+
+from mla_kernels.measure.freshness import check_fresh
+from mla_kernels.measure.provenance import DATA, ROOT, commit, gpu_folder
+from mla_kernels.measure.records import Record, RecordError, load_record, save_record
+
+SOURCES = ("auto", "live", "replay")
+SOURCE_VARIABLE = "MLA_KERNELS_SOURCE"
+DATA_VARIABLE = "MLA_KERNELS_DATA"
+LIVE = ROOT / "build" / "live"
+REUSE = datetime.timedelta(hours=1)  # so that the notebooks of one run measure an experiment once
+
+
+def data_folder() -> Path:
+    """Where records are replayed from."""
+    return Path(os.environ.get(DATA_VARIABLE) or DATA)
+
+
+def resolve_source(source: str = "auto") -> Literal["live", "replay"]:
+    """What ``source`` means on this machine. Raises ValueError for a word that is none of ``SOURCES``."""
+    wanted = os.environ.get(SOURCE_VARIABLE) or source
+    if wanted not in SOURCES:
+        name = SOURCE_VARIABLE if wanted != source else "source"
+        raise ValueError(f"{name} is {wanted!r}, must be one of {', '.join(SOURCES)}")
+    if wanted == "auto":
+        return "live" if _hopper_here() else "replay"
+    return wanted
+
+
+def load(experiment: str, source: str = "auto", gpu: str = "h200") -> Record:
+    """The record of an experiment, checked; prints one line on what it is.
+
+    ``source``: "replay" reads ``data/<gpu>/<experiment>.json``; "live" measures on this machine's GPU, or
+    takes what the same commit measured within the hour; "auto" is live on a Hopper GPU, else replay.
+
+    Raises RecordError, naming file and field, for a record that is missing, broken, of another schema or of
+    other kernels than this tree's; DeviceUnavailable for "live" without a Hopper GPU.
+    """
+    how = resolve_source(source)
+    path, record = _measure(experiment) if how == "live" else _replay(experiment, gpu)
+    print(describe(record, how, path))
+    return record
+
+
+def load_all(gpu: str = "h200", data: Path | None = None) -> list[Record]:
+    """Every record of one GPU under ``data``, checked, by name. Raises RecordError as ``load`` does."""
+    return [_checked(path) for path in sorted(((data or data_folder()) / gpu).glob("*.json"))]
+
+
+def describe(record: Record, how: str, path: Path) -> str:
+    """One line: experiment, live or replay, device, date, commit, points."""
+    shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
+    run = record.run
+    changed = " with uncommitted changes" if run.dirty else ""
+    return (
+        f"{record.experiment}: {how} of {len(record.points)} points on one {record.device.name}, "
+        f"measured {run.utc:%Y-%m-%d} at commit {run.commit[:10]}{changed} ({shown})"
+    )
+
+
+def check_parameters(cells: Iterable[str], known: Iterable[str]) -> None:
+    """Raises NameError for a parameter that the notebook does not have.
+
+    ``cells``: the sources run so far (IPython's ``In``). papermill injects its parameters as a cell that
+    begins "# Parameters", and only warns of a misspelled name.
+    """
+    known = list(known)
+    for cell in cells:
+        if not cell.startswith("# Parameters\n"):
+            continue
+        for node in ast.walk(ast.parse(cell)):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id not in known:
+                raise NameError(
+                    f"parameter {node.id!r} is unknown to this notebook; it has {', '.join(known)}"
+                )
+
+
+def _hopper_here() -> bool:
+    try:
+        ctypes.CDLL("libcuda.so.1")  # no driver: no need to import torch
+    except OSError:
+        return False
+    from mla_kernels.device import hopper_available
+
+    return hopper_available()
+
+
+def _checked(path: Path) -> Record:
+    record = load_record(path)
+    if record.experiment != path.stem:
+        raise RecordError(path, "experiment", f"is {record.experiment!r}, the file's name says {path.stem!r}")
+    check_fresh(record, path)
+    return record
+
+
+def _replay(experiment: str, gpu: str) -> tuple[Path, Record]:
+    path = data_folder() / gpu / f"{experiment}.json"
+    return path, _checked(path)
+
+
+def _measure(experiment: str) -> tuple[Path, Record]:
+    import torch
+
+    from mla_kernels.measure.experiments import EXPERIMENTS
+
+    if experiment not in EXPERIMENTS:
+        raise ValueError(f"no experiment {experiment!r} to measure; there are {', '.join(EXPERIMENTS)}")
+    folder = gpu_folder(torch.cuda.get_device_name()) if torch.cuda.is_available() else "none"
+    path = LIVE / folder / f"{experiment}.json"
+    record = _kept(path)
+    if record is None:
+        record = EXPERIMENTS[experiment].run("live", _progress_line())
+        save_record(record, path)
+    return path, record
+
+
+def _kept(path: Path) -> Record | None:
+    """The live record of this commit, if it is not older than ``REUSE``."""
+    try:
+        record = _checked(path)
+    except RecordError:
+        return None
+    young = datetime.datetime.now(datetime.UTC) - record.run.utc < REUSE
+    return record if young and (record.run.commit, record.run.dirty) == commit() else None
+
+
+def _progress_line() -> Callable[[str], None]:
+    """Shows progress in a notebook as one line that is written over."""
+    from IPython.display import TextDisplayObject, display
+
+    class Line(TextDisplayObject):
+        def __repr__(self) -> str:
+            return self.data
+
+    handle = display(Line("measuring"), display_id=True)
+    return (lambda text: handle.update(Line(text))) if handle else print
