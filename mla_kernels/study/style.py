@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import matplotlib.pyplot as plt
+import pandas as pd
 import seaborn as sns
+from IPython.display import Markdown
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mla_kernels.measure.records import Record
+
+from .tables import to_markdown
 
 _PALETTE = sns.color_palette("colorblind")
 COLOURS = {
@@ -62,6 +66,11 @@ def show(figure: Figure, record: Record) -> None:
     figure.supxlabel(caption(record), x=0.99, ha="right", fontsize=7.5, color="#777777")
     plt.show()
     plt.close(figure)
+
+
+def show_table(table: pd.DataFrame) -> Markdown:
+    """A table as a notebook's output."""
+    return Markdown(to_markdown(table))
 
 
 def ceiling(axes: Axes, value: float, text: str, *, style: str = "--") -> None:
