@@ -1,8 +1,9 @@
 """CUDA source + configuration -> cubin, through NVRTC; no GPU and no driver needed.
 
-Cubins are cached by content: the file name carries a hash of every source file, the options and the NVRTC version,
-so that an edit of any header rebuilds, and ``cupy.RawModule``, which memoizes by path, cannot hand out an old one.
-A manifest beside each cubin holds its sha256; a cubin that does not match it is compiled again.
+Cubins are cached by content: the file name carries a hash of every source file, the options and the NVRTC
+version, so that an edit of any header rebuilds, and ``cupy.RawModule``, which memoizes by path, cannot
+hand out an old one. A manifest beside each cubin holds its sha256; a cubin that does not match it is compiled
+again.
 """
 
 import fcntl
@@ -14,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sysconfig
+import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -161,14 +163,18 @@ def _cached(config: KernelConfig, cubin: Path, options: tuple[str, ...]) -> Comp
         return None  # absent or damaged: compile again
 
 
+_importing = threading.Lock()  # cuda.core's import is not safe when threads race for it
+
+
 def _nvrtc(config: KernelConfig) -> tuple[bytes, str]:
-    from cuda.core import Program, ProgramOptions
+    with _importing:
+        from cuda.core import Program, ProgramOptions
 
     options = ProgramOptions(
         arch=ARCH,
         std="c++17",
         include_path=[str(CUDA_DIR)],
-        define_macro=[(name, str(value)) for name, value in config.defines],
+        define_macro=[(name, str(value)) for name, value in config.defines] or None,
         ptxas_options=["-v"],
     )
     log = _Log()
@@ -197,13 +203,15 @@ def _replace(path: Path, content: bytes) -> None:
 
 
 def resource_report(kernel: CompiledKernel) -> ResourceReport:
-    """Registers, stack, shared memory and instruction counts, read from the cubin with cuobjdump and nvdisasm.
+    """Registers, stack, shared memory and instruction counts of a cubin (cuobjdump, nvdisasm).
 
     Raises:
         ToolMissing: neither the toolchain wheels nor a CUDA toolkit is installed.
     """
     usage = _run_tool("cuobjdump", "--dump-resource-usage", str(kernel.path))
-    fields = {key: int(value) for key, value in re.findall(r"\b([A-Z]+):(\d+)", usage.split("Function", 1)[-1])}
+    fields = {
+        key: int(value) for key, value in re.findall(r"\b([A-Z]+):(\d+)", usage.split("Function", 1)[-1])
+    }
     sass = _run_tool("nvdisasm", "-c", str(kernel.path))
     opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", sass, re.MULTILINE)
     return ResourceReport(
@@ -223,7 +231,9 @@ def _run_tool(name: str, *arguments: str) -> str:
     toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / name
     found = next((str(path) for path in (wheel, toolkit) if path.is_file()), None) or shutil.which(name)
     if found is None:
-        raise ToolMissing(f"{name} not found: pip install nvidia-cuda-{name}, or put a CUDA toolkit's bin on PATH")
+        raise ToolMissing(
+            f"{name} not found: pip install nvidia-cuda-{name}, or put a CUDA toolkit's bin on PATH"
+        )
     result = subprocess.run([found, *arguments], capture_output=True, text=True)
     if result.returncode != 0:
         raise CompileError(f"{name} {' '.join(arguments)}: {result.stderr.strip() or result.stdout.strip()}")

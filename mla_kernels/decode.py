@@ -1,4 +1,4 @@
-"""The decode operator: check, choose a kernel, launch. The kernels are in ``cuda/``, the truth in ``reference.py``."""
+"""The decode operator: check, choose a kernel, launch (kernels: ``cuda/``; the truth: ``reference.py``)."""
 
 import ctypes
 import functools
@@ -43,19 +43,25 @@ def _rows_for(query_rows: int) -> int:
 
 
 def kernel_config(dtype: torch.dtype, query_rows: int, work: str = "decode") -> KernelConfig:
-    """The cubin that serves ``query_rows`` = s_q * h_q rows a sequence; ``work`` "stream", "mma" or "skeleton" is
-    the building block of that kernel instead."""
+    """The cubin that serves ``query_rows`` = s_q * h_q rows a sequence.
+
+    ``work`` "stream", "mma" or "skeleton" is the building block of that kernel instead.
+    """
     return _config(dtype, _rows_for(query_rows), work)
 
 
 def shipped_configs() -> list[KernelConfig]:
     """Every instance that the operators can launch."""
-    return [_config(dtype, rows, "decode") for dtype in (torch.bfloat16, torch.float16) for rows in (*_SWAPPED_ROWS, _ROWS)]
+    return [
+        _config(dtype, rows, "decode")
+        for dtype in (torch.bfloat16, torch.float16)
+        for rows in (*_SWAPPED_ROWS, _ROWS)
+    ]
 
 
 @functools.cache
 def _group_size(row_blocks: int, sms: int) -> int:
-    """Row blocks that walk the same KV side by side: as many as keep every SM busy, so that KV comes from L2."""
+    """Row blocks that walk the same KV side by side: as many as keep every SM busy: L2 serves them."""
 
     def busy(group: int) -> float:
         return row_blocks / (math.ceil(row_blocks / group) * group) * (sms // group * group / sms)
@@ -75,10 +81,10 @@ def mla_decode(
     out: torch.Tensor | None = None,
     return_lse: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor:
-    """Multi-head latent attention of ``s_q`` new tokens a sequence over a paged latent cache, in the absorbed form.
+    """Multi-head latent attention over a paged latent cache, absorbed form, ``s_q`` new tokens a sequence.
 
-    Runs on torch's current stream without a host synchronisation or a plan step, so a CUDA graph that captured it
-    may be replayed after ``cache_seqlens``, ``block_table``, ``q`` or the cache changed in place.
+    Runs on torch's current stream without a host synchronisation or a plan step, so a CUDA graph that
+    captured it may be replayed after ``cache_seqlens``, ``block_table``, ``q`` or the cache changed in place.
 
     Args:
         q: (b, s_q, h_q, 576) bf16 or fp16, contiguous: 512 absorbed + 64 rotary columns.
@@ -92,16 +98,18 @@ def mla_decode(
         return_lse: False returns ``out`` alone.
 
     Returns:
-        out (b, s_q, h_q, 512) of q's dtype and lse (b, h_q, s_q) fp32, natural log; 0 and -inf where a row sees
-        nothing. A sequence with a length outside [0, max_pages * 64] or a page id outside the pool is NaN, alone.
+        out (b, s_q, h_q, 512) of q's dtype and lse (b, h_q, s_q) fp32, natural log; 0 and -inf where a row
+        sees nothing. A sequence with a length outside [0, max_pages * 64] or a page id outside the pool: NaN.
 
     Raises:
-        TypeError, ValueError: an argument of another type, shape, stride or device; with MLA_KERNELS_CHECK=1 also
-            lengths and page ids out of range (this synchronises).
+        TypeError, ValueError: an argument of another type, shape, stride or device; with
+            MLA_KERNELS_CHECK=1 also lengths and page ids out of range (this synchronises).
         DeviceUnavailable: the tensors are not on a CUDA device.
     """
     if torch.compiler.is_compiling():
-        result, lse = torch.ops.mla_kernels.decode(q, kv_cache, block_table, cache_seqlens, softmax_scale, causal)
+        result, lse = torch.ops.mla_kernels.decode(
+            q, kv_cache, block_table, cache_seqlens, softmax_scale, causal
+        )
         result = result if out is None else out.copy_(result)
         return (result, lse) if return_lse else result
     check_decode_arguments(q, kv_cache, block_table, cache_seqlens, head_dim_v=head_dim_v, out=out)
@@ -131,8 +139,8 @@ def decode_block(
 ) -> None:
     """Runs one building block of the kernel that would serve these tensors; what it computes has no meaning.
 
-    ``work``: "stream", the paged loads without arithmetic; "mma", the WGMMA sequence without loads; "skeleton", both
-    without softmax and the exchange of P. Same grid, schedule, epilogue and launch as the kernel itself.
+    ``work``: "stream", the paged loads without arithmetic; "mma", the WGMMA sequence without loads;
+    "skeleton", both without softmax and the exchange of P. Grid, schedule and epilogue are the kernel's own.
     """
     if work not in _WORK:
         raise ValueError(f"work is {work!r}, must be one of {', '.join(_WORK)}")
@@ -175,6 +183,7 @@ def _launch(q, kv_cache, block_table, cache_seqlens, scale, causal, out, lse, wo
             table_stride=block_table.stride(0),
             row_blocks=row_blocks,
             group=group,
+            row_groups=-(-row_blocks // group),
             causal=bool(causal),
         )
         kernel.launch(grid, stream, (ctypes.c_void_p * 1)(ctypes.addressof(params)))
@@ -192,14 +201,16 @@ def check_softmax_scale(softmax_scale: float | None) -> float:
 def _check_native(q: torch.Tensor, kv_cache: torch.Tensor, out: torch.Tensor | None) -> None:
     if kv_cache.shape[1] not in PAGE_SIZES:
         raise ValueError(
-            f"kv_cache has pages of {kv_cache.shape[1]} tokens, must be {PAGE_SIZES}: lay the cache out with that page "
-            "size, or call mla_kernels.portable.mla_decode"
+            f"kv_cache has pages of {kv_cache.shape[1]} tokens, must be {PAGE_SIZES}: lay the cache "
+            "out with that page size, or call mla_kernels.portable.mla_decode"
         )
     if kv_cache.shape[0] == 0:
         raise ValueError("kv_cache has no pages, must have at least 1: allocate the pool before decoding")
     for name, tensor in (("q", q), ("kv_cache", kv_cache), ("out", out)):
         if tensor is not None and tensor.data_ptr() % 16:
-            raise ValueError(f"{name} starts at {tensor.data_ptr():#x}, must be aligned to 16 bytes: use .clone()")
+            raise ValueError(
+                f"{name} starts at {tensor.data_ptr():#x}, must be aligned to 16 bytes: use .clone()"
+            )
     for dim in (0, 1):
         if kv_cache.stride(dim) % 8:
             raise ValueError(
@@ -208,8 +219,10 @@ def _check_native(q: torch.Tensor, kv_cache: torch.Tensor, out: torch.Tensor | N
             )
 
 
-def check_device_values(kv_cache: torch.Tensor, block_table: torch.Tensor, cache_seqlens: torch.Tensor) -> None:
-    """Reads lengths and page ids back and raises ValueError for the first that is out of range. Synchronises."""
+def check_device_values(
+    kv_cache: torch.Tensor, block_table: torch.Tensor, cache_seqlens: torch.Tensor
+) -> None:
+    """Reads lengths and page ids back; ValueError for the first that is out of range. Synchronises."""
     page_size, limit = kv_cache.shape[1], block_table.shape[1] * kv_cache.shape[1]
     lengths = cache_seqlens.tolist()
     for i, length in enumerate(lengths):
@@ -232,8 +245,8 @@ def check_device_values(kv_cache: torch.Tensor, block_table: torch.Tensor, cache
 @functools.cache
 def _warn_portable(device: int) -> None:
     warnings.warn(
-        f"{torch.cuda.get_device_name(device)} is not a Hopper GPU (sm_90): mla_decode runs the portable Triton kernel, "
-        "correct but not what this project measures",
+        f"{torch.cuda.get_device_name(device)} is not a Hopper GPU (sm_90): mla_decode runs the portable "
+        "Triton kernel, correct but not what this project measures",
         stacklevel=4,
     )
 
@@ -243,7 +256,14 @@ def _decode_portable(q, kv_cache, block_table, cache_seqlens, scale, causal, out
 
     _warn_portable(q.device.index)
     return portable.mla_decode(
-        q, kv_cache, block_table, cache_seqlens, softmax_scale=scale, causal=causal, out=out, return_lse=return_lse
+        q,
+        kv_cache,
+        block_table,
+        cache_seqlens,
+        softmax_scale=scale,
+        causal=causal,
+        out=out,
+        return_lse=return_lse,
     )
 
 
@@ -259,7 +279,8 @@ def merge_partials(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor
     """
     if outs.dim() != 5 or lses.dim() != 4 or lses.shape != (*outs.shape[:2], outs.shape[3], outs.shape[2]):
         raise ValueError(
-            f"outs {tuple(outs.shape)} and lses {tuple(lses.shape)} must be (n, b, s_q, h_q, d) and (n, b, h_q, s_q)"
+            f"outs {tuple(outs.shape)} and lses {tuple(lses.shape)} must be (n, b, s_q, h_q, d) and "
+            "(n, b, h_q, s_q)"
         )
     lse = torch.logsumexp(lses.float(), dim=0)
     weights = torch.exp(lses.float() - torch.where(lse == -math.inf, 0.0, lse))

@@ -1,12 +1,14 @@
 """Which GPU is here, and what to say when it is not the one a kernel needs."""
 
+import ctypes
 import functools
 
 HOPPER = (9, 0)
 
 STILL_WORKS = (
-    "without one these still work: mla_kernels.reference (the fp64 oracle, any device), mla_kernels.portable with "
-    "TRITON_INTERPRET=1, the compile gate and resource reports, and every notebook in replay"
+    "without one these still work: mla_kernels.reference (the fp64 oracle, any device), "
+    "mla_kernels.portable with TRITON_INTERPRET=1, the compile gate and resource reports, "
+    "and every notebook in replay"
 )
 
 
@@ -17,8 +19,9 @@ class DeviceUnavailable(RuntimeError):
 @functools.cache
 def _capabilities() -> tuple[tuple[int, int], ...]:
     try:
+        ctypes.CDLL("libcuda.so.1")  # importing torch only to learn that there is no driver takes seconds
         import torch
-    except ImportError:
+    except (OSError, ImportError):
         return ()
     if not torch.cuda.is_available():
         return ()

@@ -15,7 +15,12 @@ _CU_LAUNCH_ATTRIBUTE_COOPERATIVE = 2
 
 
 class _LaunchAttribute(ctypes.Structure):
-    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_char * 4), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60))
+    _fields_ = (
+        ("id", ctypes.c_int),
+        ("pad", ctypes.c_char * 4),
+        ("value", ctypes.c_int),
+        ("rest", ctypes.c_char * 60),
+    )
 
 
 class _LaunchConfig(ctypes.Structure):
@@ -50,8 +55,9 @@ class DecodeParams(ctypes.Structure):
         ("table_stride", ctypes.c_int),
         ("row_blocks", ctypes.c_int),
         ("group", ctypes.c_int),
+        ("row_groups", ctypes.c_int),
         ("causal", ctypes.c_int),
-        ("pad", ctypes.c_char * 32),
+        ("pad", ctypes.c_char * 28),
     )
 
 
@@ -82,7 +88,7 @@ def sm_count(device: int) -> int:
 
 
 class LoadedKernel:
-    """A cubin on one device, ready to launch: everything that does not change between calls is packed once."""
+    """A cubin on one device, ready to launch: what does not change between calls is packed once."""
 
     def __init__(self, compiled: CompiledKernel, entry: str, device: int, cooperative: bool):
         import cupy
@@ -134,7 +140,7 @@ _maps: "OrderedDict[tuple, ctypes.Array]" = OrderedDict()
 
 
 def kv_tensor_map(kv_cache: torch.Tensor) -> ctypes.Array:
-    """Tensor map of a page pool (num_pages, page_size, [1,] 576): boxes of 64 columns x 64 tokens, 128-byte swizzle.
+    """Tensor map of a page pool (num_pages, page_size, [1,] 576): boxes of 64 x 64, 128-byte swizzle.
 
     Encoded once a pool (by address, shape, strides and dtype) and kept.
     """
@@ -173,41 +179,56 @@ def current_stream(device: int) -> int:
     return torch._C._cuda_getCurrentRawStream(device)  # what torch.compile's own launchers use; 10x cheaper
 
 
-_ARENA_LAUNCHES = 4096
+_ARENA_SLOTS = 4096
 
 
 class Arrivals:
-    """The counters of split items: two a CTA, zero between launches (each launch leaves them as it found them).
+    """The counters of split items: two a CTA, zero between launches (each leaves them as it found them).
 
-    Launches that may run at the same time need counters of their own: one set a stream for eager calls, and one a
-    launch for those captured in CUDA graphs, which may be replayed on any stream.
+    Launches that may run at the same time need counters of their own: one slot a stream for eager calls, and
+    one a stream of each CUDA graph, which may be replayed beside anything.
     """
 
     def __init__(self, device: int):
         self._device = torch.device("cuda", device)
         self._bytes = sm_count(device) * 8
-        self._by_stream: dict[int, torch.Tensor] = {}
-        self._arena: torch.Tensor | None = None
-        self._arena_used = 0
-        self._captured: list[torch.Tensor] = []  # alive as long as a graph may be replayed
+        self._slots: dict[tuple[int, int], int] = {}  # (capture id or 0, stream) -> address
+        self._kept: list[torch.Tensor] = []  # alive as long as a graph may be replayed
+        self._free: list[int] = []
+        self._lock = threading.Lock()
 
     def address(self, stream: int) -> int:
-        if torch.cuda.is_current_stream_capturing():
-            return self._capture_slot()
-        if stream not in self._by_stream:
-            self._by_stream[stream] = torch.zeros(self._bytes // 4, dtype=torch.int32, device=self._device)
-            if self._arena is None:
-                self._arena = torch.zeros(self._bytes // 4 * _ARENA_LAUNCHES, dtype=torch.int32, device=self._device)
-                torch.cuda.current_stream(self._device).synchronize()  # zero before any other stream uses a slot
-        return self._by_stream[stream].data_ptr()
+        """The slot of a launch on ``stream``, of the graph being captured there or for eager calls."""
+        key = (capture_id(stream), stream)
+        found = self._slots.get(key)
+        if found is None:
+            with self._lock:
+                found = self._slots[key] = self._take(capturing=key[0] != 0)
+        return found
 
-    def _capture_slot(self) -> int:
-        if self._arena is None or self._arena_used == _ARENA_LAUNCHES:
-            slot = torch.zeros(self._bytes // 4, dtype=torch.int32, device=self._device)  # a memset node in the graph
-            self._captured.append(slot)
-            return slot.data_ptr()
-        self._arena_used += 1
-        return self._arena.data_ptr() + (self._arena_used - 1) * self._bytes
+    def _take(self, capturing: bool) -> int:
+        if not self._free:
+            # Under capture the zeros become a memset node of that graph: correct there, so it gets one slot.
+            count = 1 if capturing else _ARENA_SLOTS
+            arena = torch.zeros(count * self._bytes, dtype=torch.uint8, device=self._device)
+            if not capturing:
+                torch.cuda.current_stream(
+                    self._device
+                ).synchronize()  # zero before another stream uses a slot
+            self._kept.append(arena)
+            self._free = [arena.data_ptr() + i * self._bytes for i in reversed(range(count))]
+        return self._free.pop()
+
+
+def capture_id(stream: int) -> int:
+    """Id of the CUDA graph capture that ``stream`` is in, 0 outside one."""
+    status, identity = ctypes.c_int(), ctypes.c_uint64()
+    call = _driver().cuStreamGetCaptureInfo_v2
+    _check(
+        call(ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(identity), None, None, None),
+        "cuStreamGetCaptureInfo",
+    )
+    return identity.value if status.value == 1 else 0
 
 
 @functools.cache
@@ -215,11 +236,13 @@ def arrivals(device: int) -> Arrivals:
     return Arrivals(device)
 
 
+STREAM_READ = KernelConfig("stream_read.cu", (("MLA_BF16", 1),), "stream_read", shared_bytes=0, threads=512)
+
+
 def stream_read(tensor: torch.Tensor) -> None:
     """Reads a contiguous CUDA tensor once and writes nothing: the read-only bandwidth ceiling."""
-    config = KernelConfig("stream_read.cu", (("MLA_BF16", 1),), "stream_read", shared_bytes=0, threads=512)
     device = tensor.device.index
-    kernel = load(config, "stream_read", device, cooperative=False)
+    kernel = load(STREAM_READ, "stream_read", device, cooperative=False)
     values = (
         ctypes.c_uint64(tensor.data_ptr()),
         ctypes.c_uint64(tensor.numel() * tensor.element_size() // 16),

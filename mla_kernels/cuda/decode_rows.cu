@@ -26,7 +26,7 @@ struct SharedMemory {
     float reference[2][kRows];  // the rows' reference after that tile,
     int moved[2][4];            // and whether it moved, per warp of 16 rows
     float sums[2][kRows];
-    PageFaults faults;
+    ItemQueue queue;
     PendingMerges pending;
 };
 static_assert(sizeof(SharedMemory) <= kMaxSharedBytes, "shared memory is 227 KB");
@@ -39,6 +39,7 @@ struct Consumer {
     const int row = warp * 16 + lane / 4;  // and row + 8
     float o[kHalfColumns / 2];
     float m[2], l[2];
+    bool exact = true;  // how this warpgroup sums its next tile's scores
     u32 p_phase = 0;  // of the other's p_ready
 
     // A tile in flight: its first ring slot and the parity of its boxes' `full`.
@@ -54,9 +55,13 @@ struct Consumer {
         for (int i = 0; i < kHalfColumns / 2; ++i) o[i] = 0.f;
 #pragma unroll
         for (int r = 0; r < 2; ++r) m[r] = -kInfinity, l[r] = 0.f;
+        exact = true;
     }
 
-    __device__ void issue_qk(Buffer b, float (&s)[kTileTokens / 2]) {
+    // S of a tile, summed in chains of kChainBoxes boxes (softmax.cuh); complete on return.
+    template <int kChainBoxes>
+    __device__ void qk(Buffer b, float (&s)[kTileTokens / 2]) {
+        float part[kTileTokens / 2];
 #pragma unroll
         for (int c = 0; c < kBoxes; ++c) {
             if (kLoads) mbarrier_wait(&smem.ring.full[b.slot + c], b.phase);
@@ -64,9 +69,53 @@ struct Consumer {
             const u64 q = descriptor_k_major(smem.q[c]), k = descriptor_k_major(box(b, c));
 #pragma unroll
             for (int step = 0; step < kStepsPerBox; ++step)
-                wgmma_ss<kTileTokens, 0, 0>(s, q + step * kAdvanceAlongRow, k + step * kAdvanceAlongRow, c + step > 0);
+                wgmma_ss<kTileTokens, 0, 0>(part, q + step * kAdvanceAlongRow, k + step * kAdvanceAlongRow,
+                                            c % kChainBoxes + step > 0);
+            if ((c + 1) % kChainBoxes != 0) continue;
+            wgmma_commit();
+            wgmma_wait<0>();
+            wgmma_fence_operands(part);
+#pragma unroll
+            for (int i = 0; i < kTileTokens / 2; ++i) s[i] = c < kChainBoxes ? part[i] : s[i] + part[i];
         }
-        wgmma_commit();
+    }
+
+    // Masked scores of an owned tile and the rows' largest. The fast sum serves small scores; a tile in which a large
+    // one counts is summed again, exactly, and the next tiles exactly at once.
+    __device__ void scores(const WorkItem& w, int tile, Buffer b, float (&s)[kTileTokens / 2], float (&top)[2]) {
+        if (!kSoftmax || !exact) {
+            qk<kBoxes>(b, s);
+            if (kSoftmax) exact = masked_top(w, tile, s, top);
+        }
+        if (kSoftmax && exact) {
+            qk<1>(b, s);
+            exact = masked_top(w, tile, s, top);
+        }
+    }
+
+    // Returns whether any row of the tile needs an exact sum.
+    __device__ bool masked_top(const WorkItem& w, int tile, float (&s)[kTileTokens / 2], float (&top)[2]) {
+        if ((tile + 1) * kTileTokens > w.kv_len - (p.causal ? p.s_q - 1 : 0)) mask(w, tile, s);
+        bool large = false;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            top[r] = -kInfinity;
+#pragma unroll
+            for (int i = r * 2; i < kTileTokens / 2; i += 4) top[r] = fmaxf(top[r], fmaxf(s[i], s[i + 1]));
+            large |= needs_exact_sum(top[r], p.softmax_scale_log2, m[r]);
+        }
+        return named_barrier_any(kBarrierWarpgroup + kWg, kWarpgroup, large);
+    }
+
+    __device__ void mask(const WorkItem& w, int tile, float (&s)[kTileTokens / 2]) {
+        const int lane = launder(this->lane), row = launder(warp) * 16 + lane / 4;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const int end = visible_end(p, w.kv_len, w.row_block * kRows + row + r * 8) - tile * kTileTokens - (lane & 3) * 2;
+#pragma unroll
+            for (int i = 0; i < kTileTokens / 2; ++i)
+                if ((i / 2 & 1) == r && i / 4 * 8 + (i & 1) >= end) s[i] = -kInfinity;
+        }
     }
 
     __device__ void issue_pv(Buffer b, const u32 (&probabilities)[4][4]) {
@@ -105,21 +154,9 @@ struct Consumer {
     }
 
     // Scores -> probabilities, in place. Returns whether this warp's references moved; `factor` is for O.
-    __device__ bool softmax(const WorkItem& w, int tile, float (&s)[kTileTokens / 2], float (&factor)[2]) {
+    __device__ bool softmax(float (&s)[kTileTokens / 2], float (&top)[2], float (&factor)[2]) {
+        const int warp = launder(this->warp), row = warp * 16 + lane / 4;
         const float scale = p.softmax_scale_log2;
-        const int first_row = w.row_block * kRows + row;
-        if ((tile + 1) * kTileTokens > w.kv_len - (p.causal ? p.s_q - 1 : 0)) {
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                const int end = visible_end(p, w.kv_len, first_row + r * 8) - tile * kTileTokens - (lane & 3) * 2;
-#pragma unroll
-                for (int i = 0; i < kTileTokens / 2; ++i)
-                    if ((i / 2 & 1) == r && i / 4 * 8 + (i & 1) >= end) s[i] = -kInfinity;
-            }
-        }
-        float top[2] = {-kInfinity, -kInfinity};
-#pragma unroll
-        for (int i = 0; i < kTileTokens / 2; ++i) top[i / 2 & 1] = fmaxf(top[i / 2 & 1], s[i]);
         const bool passes = passes_reference(top[0], scale, m[0]) || passes_reference(top[1], scale, m[1]);
         const bool moved = __any_sync(0xffffffffu, passes);
         if (moved) {
@@ -151,6 +188,7 @@ struct Consumer {
 #pragma unroll
             for (int i = 0; i < 4; ++i) probabilities[step][i] = pack_elements(s[step * 8 + i * 2], s[step * 8 + i * 2 + 1]);
         if constexpr (kSoftmax) {
+            const int lane = launder(this->lane);
             const u32 copy = smem_address(box(b, kRotaryBox));
             const int copy_row = warp * 16 + (lane / 8 & 1) * 8 + (lane & 7);
 #pragma unroll
@@ -158,7 +196,7 @@ struct Consumer {
                 stmatrix_x4(copy + swizzled_offset(copy_row, step * 2 + lane / 16), probabilities[step][0],
                             probabilities[step][1], probabilities[step][2], probabilities[step][3]);
             const int valid = w.kv_len - tile * kTileTokens;
-            if (valid < kTileTokens) zero_token_rows([&](int c) { return box(b, c); }, valid, thread);
+            if (valid < kTileTokens) zero_token_rows([&](int c) { return box(b, c); }, valid, launder(thread));
             fence_proxy_async();
             if (valid < kTileTokens) named_barrier_sync(kBarrierWarpgroup + kWg, kWarpgroup);
         }
@@ -167,6 +205,7 @@ struct Consumer {
 
     // Waits for the other's P and follows its reference.
     __device__ void take_copy() {
+        const int warp = launder(this->warp), row = warp * 16 + lane / 4;
         if constexpr (kLoads) {
             mbarrier_wait(&smem.p_ready[1 - kWg], p_phase);
             p_phase ^= 1;
@@ -188,12 +227,10 @@ struct Consumer {
 
     // Tiles `tile` (lead's) and `tile + 1` (trail's, if `pair`), in buffers `even` and `odd`.
     __device__ void lead(const WorkItem& w, int tile, Buffer even, Buffer odd, bool pair) {
-        float s[kTileTokens / 2], factor[2];
+        float s[kTileTokens / 2], top[2], factor[2];
         u32 probabilities[4][4];
-        issue_qk(even, s);
-        wgmma_wait<0>();
-        wgmma_fence_operands(s);
-        const bool moved = kSoftmax && softmax(w, tile, s, factor);
+        scores(w, tile, even, s, top);
+        const bool moved = kSoftmax && softmax(s, top, factor);
         publish(w, tile, even, s, probabilities);
         if (moved) rescale(factor);
         issue_pv(even, probabilities);
@@ -208,13 +245,9 @@ struct Consumer {
     }
 
     __device__ void trail(const WorkItem& w, int tile, Buffer even, Buffer odd, bool pair) {
-        float s[kTileTokens / 2], factor[2];
+        float s[kTileTokens / 2], top[2], factor[2];
         u32 probabilities[4][4];
-        if (pair) {
-            issue_qk(odd, s);
-            wgmma_wait<0>();
-            wgmma_fence_operands(s);
-        }
+        if (pair) scores(w, tile + 1, odd, s, top);
         take_copy();
         issue_pv_shared(even);  // runs under the softmax below
         if (!pair) {
@@ -222,7 +255,7 @@ struct Consumer {
             release(even, true);
             return;
         }
-        const bool moved = kSoftmax && softmax(w, tile + 1, s, factor);
+        const bool moved = kSoftmax && softmax(s, top, factor);
         publish(w, tile + 1, odd, s, probabilities);
         wait_all();
         release(even, true);
@@ -236,12 +269,13 @@ struct Consumer {
     __device__ void drain(Buffer b) {
         for (int c = 0; c < kBoxes; ++c) {
             mbarrier_wait(&smem.ring.full[b.slot + c], b.phase);
-            if (lane == 0) mbarrier_arrive(&smem.ring.empty[b.slot + c]);
+            if (lane == 0 && c / kHalfBoxes % 2 == kWg) mbarrier_arrive(&smem.ring.empty[b.slot + c]);
         }
     }
 
     // Row sums over the tile's columns and both warpgroups.
     __device__ void join(bool fault) {
+        const int lane = launder(this->lane), row = launder(warp) * 16 + lane / 4;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             l[r] += __shfl_xor_sync(0xffffffffu, l[r], 1);
@@ -253,51 +287,67 @@ struct Consumer {
         for (int r = 0; r < 2; ++r) l[r] = fault ? kNan : smem.sums[0][row + r * 8] + smem.sums[1][row + r * 8];
     }
 
-    __device__ void write_out(const WorkItem& w) {
+    // This thread's first pair of columns in a part's row; the next ones are 8 columns apart.
+    __device__ float2* part_row(const WorkItem& w, int part, int row, int lane) {
+        auto& slot = partial_slot<kRows>(p, w.first_cta, part);
+        return reinterpret_cast<float2*>(slot.o[row]) + kWg * kHalfColumns / 2 + (lane & 3);
+    }
+
+    __device__ void write_part(const WorkItem& w) {
+        const int lane = launder(this->lane), row = launder(warp) * 16 + lane / 4;
+        const int part = part_of_this_cta(p, w);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            float2* out = part_row(w, part, row + r * 8, lane);
+#pragma unroll
+            for (int i = 0; i < kHalfColumns / 2; i += 4) out[i] = make_float2(o[i + r * 2], o[i + r * 2 + 1]);
+            if (kWg == 0 && (lane & 3) == 0)
+                partial_slot<kRows>(p, w.first_cta, part).stats[row + r * 8] = make_float2(m[r], l[r]);
+        }
+    }
+
+    // The result of an item, with the parts that other CTAs left of it.
+    __device__ void write_out(const WorkItem& w, int others) {
+        const int lane = launder(this->lane), row = launder(warp) * 16 + lane / 4;
         const int first_row = w.row_block * kRows, rows = min(kRows, p.s_q * p.h_q - first_row);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const int own = row + r * 8;
+            AbsorbedRow<kRows> absorbed(p, w, own, others, m[r], l[r]);
             if (own >= rows) continue;
-            const float inverse = inverse_sum(l[r]);
             u16* out = out_row(p, w.request, first_row + own) + kWg * kHalfColumns + (lane & 3) * 2;
 #pragma unroll
-            for (int i = 0; i < kHalfColumns / 2; i += 4)
-                *reinterpret_cast<u32*>(out + i * 2) = pack_elements(o[i + r * 2] * inverse, o[i + r * 2 + 1] * inverse);
-            if (kWg == 0 && (lane & 3) == 0) store_lse(p, w.request, first_row + own, natural_lse(m[r], l[r]));
-        }
-    }
-
-    __device__ void write_part(const WorkItem& w) {
-        auto& slot = partial_slot<kRows>(p, w.first_cta, part_of_this_cta(p, w));
+            for (int i = 0; i < kHalfColumns / 2; i += 4) {
+                float2 sum = make_float2(o[i + r * 2] * absorbed.own, o[i + r * 2 + 1] * absorbed.own);
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            float* part = reinterpret_cast<float*>(slot.o[row + r * 8]) + kWg * kHalfColumns + (lane & 3) * 2;
-#pragma unroll
-            for (int i = 0; i < kHalfColumns / 2; i += 4)
-                *reinterpret_cast<float2*>(part + i * 2) = make_float2(o[i + r * 2], o[i + r * 2 + 1]);
-            if (kWg == 0 && (lane & 3) == 0) slot.stats[row + r * 8] = make_float2(m[r], l[r]);
+                for (int k = 0; k < kAbsorbedParts - 1; ++k)
+                    if (k < others) {
+                        const float2 v = part_row(w, k + 1, own, lane)[i];
+                        sum = make_float2(fmaf(v.x, absorbed.other[k], sum.x), fmaf(v.y, absorbed.other[k], sum.y));
+                    }
+                *reinterpret_cast<u32*>(out + i * 2) = pack_elements(sum.x, sum.y);
+            }
+            if (kWg == 0 && (lane & 3) == 0) store_lse(p, w.request, first_row + own, absorbed.lse);
         }
     }
 
     __device__ void run() {
-        WorkRange range(p);
-        WorkItem w;
-        int item = 0, pending = 0;
-        u32 tiles = 0;  // taken so far: buffer and phase follow from it
-        while (range.next(w)) {
+        for (u32 index = 0;;) {
+            const WorkItem& w = smem.queue.wait(index);
+            if (w.request < 0) break;
             if (w.tiles == 0) {
                 write_empty<kRows>(p, w);
+                index = w.index + 1;
+                if (lane == 0) smem.queue.release(w);
                 continue;
             }
             load_query<kRows>(p, w, smem.q);
             reset();
             for (int tile = w.begin; tile < w.end; tile += 2) {
                 const bool pair = tile + 1 < w.end;
-                const Buffer even = {static_cast<int>(tiles & 1) * kBoxes, tiles >> 1 & 1};
-                ++tiles;
-                const Buffer odd = {static_cast<int>(tiles & 1) * kBoxes, tiles >> 1 & 1};
-                tiles += pair;
+                const u32 ordinal = w.tiles_before + tile - w.begin;
+                const Buffer even = {static_cast<int>(ordinal & 1) * kBoxes, ordinal >> 1 & 1};
+                const Buffer odd = {static_cast<int>(ordinal + 1 & 1) * kBoxes, ordinal + 1 >> 1 & 1};
                 if constexpr (!kMath) {
                     drain(even);
                     if (pair) drain(odd);
@@ -307,16 +357,19 @@ struct Consumer {
                     trail(w, tile, even, odd, pair);
                 }
             }
-            join(smem.faults.flag[item++ % PageFaults::kFlags]);
-            if (w.parts == 1) {
-                write_out(w);
+            join(w.invalid);
+            if (w.parts == 1 || absorbs(p, w)) {
+                if (w.parts > 1) wait_for_parts(p, w);
+                write_out(w, w.parts - 1);
             } else {
                 write_part(w);
-                announce_part(p, w, smem.pending, pending++);
+                announce_part(p, w, smem.pending);
             }
+            index = w.index + 1;
+            if (lane == 0) smem.queue.release(w);
         }
-        for (int i = 0; i < pending; ++i)
-            merge_slice<kRows>(p, smem.pending.item[i], reinterpret_cast<float*>(smem.ring.box[0]));
+        for (int i = 0; i < smem.pending.count; ++i)
+            merge_slice<kRows>(p, smem.pending.item[i], *reinterpret_cast<MergeMemory<kRows>*>(smem.ring.box[0]));
     }
 };
 
@@ -325,6 +378,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) mla_decode(const __gri
     SharedMemory& smem = *reinterpret_cast<SharedMemory*>(shared);
     if (threadIdx.x == 0) {
         smem.ring.init_barriers();
+        smem.queue.init_barriers();
+        smem.pending.count = 0;
         mbarrier_init(&smem.p_ready[0], kWarpgroup);
         mbarrier_init(&smem.p_ready[1], kWarpgroup);
         fence_barrier_init();
@@ -332,7 +387,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) mla_decode(const __gri
     __syncthreads();
     if (threadIdx.x >= kConsumers) {
         setmaxnreg_dec<40>();
-        if (kLoads && threadIdx.x < kConsumers + 32) produce(p, smem.ring, smem.faults);
+        if (threadIdx.x < kConsumers + 32) produce(p, smem.ring, smem.queue);
     } else if (threadIdx.x < kWarpgroup) {
         setmaxnreg_inc<232>();
         Consumer<0>{p, smem}.run();

@@ -24,7 +24,7 @@ struct SharedMemory {
     alignas(1024) u16 p[2][kRows * kTileTokens];
     float by_warp[2][4][kRows];  // a warp's column maxima, or its column sums
     float reference[2][kRows];
-    PageFaults faults;
+    ItemQueue queue;
     PendingMerges pending;
 };
 static_assert(sizeof(SharedMemory) <= kMaxSharedBytes, "the ring is too deep");
@@ -56,17 +56,21 @@ struct Consumer {
 
     __device__ void tile(const WorkItem& w, int tile, RingCursor<kRing> cursor) {
         const auto slot_of = [first = cursor.slot](int c) { return first + c < kRing ? first + c : first + c - kRing; };
-        float s[kRows / 2];
+        float s[kRows / 2], part[kRows / 2];
 #pragma unroll
         for (int c = 0; c < kBoxes; ++c) {
             if (kLoads) mbarrier_wait(&smem.ring.full[slot_of(c)], cursor.phase ^ (slot_of(c) < cursor.slot));
-            if constexpr (kMath) {
+            if constexpr (kMath) {  // a chain a box: here exact sums cost nothing (softmax.cuh)
                 wgmma_fence();
                 const u64 k = descriptor_k_major(smem.ring.box[slot_of(c)]), q = descriptor_k_major(smem.q[c]);
 #pragma unroll
                 for (int step = 0; step < kStepsPerBox; ++step)
-                    wgmma_ss<kRows, 0, 0>(s, k + step * kAdvanceAlongRow, q + step * kAdvanceAlongRow, c + step > 0);
-                if (c == kBoxes - 1) wgmma_commit();
+                    wgmma_ss<kRows, 0, 0>(part, k + step * kAdvanceAlongRow, q + step * kAdvanceAlongRow, step > 0);
+                wgmma_commit();
+                wgmma_wait<0>();
+                wgmma_fence_operands(part);
+#pragma unroll
+                for (int i = 0; i < kRows / 2; ++i) s[i] = c == 0 ? part[i] : s[i] + part[i];
             }
         }
         if constexpr (!kMath) {
@@ -74,13 +78,11 @@ struct Consumer {
             for (int c = 0; c < kBoxes; ++c) release(slot_of(c));
             return;
         }
-        wgmma_wait<0>();
-        wgmma_fence_operands(s);
         release(slot_of(kRotaryBox));
         if constexpr (kSoftmax) {
             if ((tile + 1) * kTileTokens > w.kv_len - (p.causal ? p.s_q - 1 : 0)) mask(w, tile, s);
             if ((tile + 1) * kTileTokens > w.kv_len)
-                zero_token_rows([&](int c) { return smem.ring.box[slot_of(c)]; }, w.kv_len - tile * kTileTokens, thread);
+                zero_token_rows([&](int c) { return smem.ring.box[slot_of(c)]; }, w.kv_len - tile * kTileTokens, launder(thread));
             softmax(s);
         }
         store_p(s);
@@ -108,6 +110,7 @@ struct Consumer {
     }
 
     __device__ void mask(const WorkItem& w, int tile, float (&s)[kRows / 2]) {
+        const int lane = launder(this->lane);
 #pragma unroll
         for (int i = 0; i < kRows / 2; ++i) {
             const int token = tile * kTileTokens + warp * 16 + lane / 4 + (i & 2) * 4;
@@ -132,6 +135,7 @@ struct Consumer {
     }
 
     __device__ void move_reference(const float (&s)[kRows / 2]) {
+        const int lane = launder(this->lane);
         float top[kColumns];
 #pragma unroll
         for (int j = 0; j < kColumns; ++j) {
@@ -179,6 +183,7 @@ struct Consumer {
     // Joins the two warpgroups' halves: afterwards this one holds the sums of latent columns [256 kWg, 256 kWg + 256)
     // in o[4 kWg ...], and m, l are those of the whole.
     __device__ void join() {
+        const int lane = launder(this->lane);
 #pragma unroll
         for (int j = 0; j < kColumns; ++j) {
 #pragma unroll
@@ -226,52 +231,71 @@ struct Consumer {
         }
     }
 
-    __device__ void write_out(const WorkItem& w) {
+    // Row of accumulator column i in a part; this thread's element of box c is at [64 c] (+ 8 for its lower half).
+    __device__ float* part_row(const WorkItem& w, int part, int i) {
+        auto& slot = partial_slot<kRows>(p, w.first_cta, part);
+        return reinterpret_cast<float*>(slot.o[column_of(column_slot(i), lane)]) + warp * 16 + lane / 4 + (i & 2) * 4;
+    }
+
+    __device__ void write_part(const WorkItem& w) {
+        const int part = part_of_this_cta(p, w);
+#pragma unroll
+        for (int i = 0; i < kRows / 2; ++i) {
+            float* out = part_row(w, part, i);
+#pragma unroll
+            for (int c = kWg * 4; c < kWg * 4 + 4; ++c) out[c * 64] = o[c][i];
+        }
+        if (kWg == 0 && thread < 4)
+#pragma unroll
+            for (int j = 0; j < kColumns; ++j)
+                partial_slot<kRows>(p, w.first_cta, part).stats[column_of(j, lane)] = make_float2(m[j], l[j]);
+    }
+
+    // The result of an item, with the parts that other CTAs left of it.
+    __device__ void write_out(const WorkItem& w, int others) {
+        const int lane = launder(this->lane);
         const int first_row = w.row_block * kRows, rows = min(kRows, p.s_q * p.h_q - first_row);
         const int first_dim = warp * 16 + (lane & 3) * 2;
 #pragma unroll
         for (int j = 0; j < kRows / 8; ++j) {
-            const float left = inverse_sum(l[2 * j]), right = inverse_sum(l[2 * j + 1]);
+            const AbsorbedRow<kRows> left(p, w, column_of(2 * j, lane), others, m[2 * j], l[2 * j]);
+            const AbsorbedRow<kRows> right(p, w, column_of(2 * j + 1, lane), others, m[2 * j + 1], l[2 * j + 1]);
             const int row = j * 8 + lane / 4;
             u16* out = out_row(p, w.request, first_row + row);
 #pragma unroll
             for (int c = kWg * 4; c < kWg * 4 + 4; ++c) {
-                const float* d = &o[c][j * 4];
-                const u32 low = movmatrix_trans(pack_elements(d[0] * left, d[1] * right));
-                const u32 high = movmatrix_trans(pack_elements(d[2] * left, d[3] * right));
+                float d[4];
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const AbsorbedRow<kRows>& weights = i & 1 ? right : left;
+                    d[i] = o[c][j * 4 + i] * weights.own;
+#pragma unroll
+                    for (int k = 0; k < kAbsorbedParts - 1; ++k)
+                        if (k < others) d[i] = fmaf(part_row(w, k + 1, j * 4 + i)[c * 64], weights.other[k], d[i]);
+                }
+                const u32 low = movmatrix_trans(pack_elements(d[0], d[1])), high = movmatrix_trans(pack_elements(d[2], d[3]));
                 if (row < rows) {
                     *reinterpret_cast<u32*>(out + c * 64 + first_dim) = low;
                     *reinterpret_cast<u32*>(out + c * 64 + first_dim + 8) = high;
                 }
             }
+            if (kWg == 0 && thread < 4) {
+                const int first = first_row + column_of(2 * j, lane);
+                if (first - first_row < rows) store_lse(p, w.request, first, left.lse);
+                if (first + 1 - first_row < rows) store_lse(p, w.request, first + 1, right.lse);
+            }
         }
-        if (kWg == 0 && thread < 4)
-#pragma unroll
-            for (int j = 0; j < kColumns; ++j)
-                if (column_of(j, lane) < rows) store_lse(p, w.request, first_row + column_of(j, lane), natural_lse(m[j], l[j]));
-    }
-
-    __device__ void write_part(const WorkItem& w) {
-        auto& slot = partial_slot<kRows>(p, w.first_cta, part_of_this_cta(p, w));
-#pragma unroll
-        for (int i = 0; i < kRows / 2; ++i) {
-            float* row = reinterpret_cast<float*>(slot.o[column_of(column_slot(i), lane)]);
-#pragma unroll
-            for (int c = kWg * 4; c < kWg * 4 + 4; ++c) row[c * 64 + warp * 16 + lane / 4 + (i & 2) * 4] = o[c][i];
-        }
-        if (kWg == 0 && thread < 4)
-#pragma unroll
-            for (int j = 0; j < kColumns; ++j) slot.stats[column_of(j, lane)] = make_float2(m[j], l[j]);
     }
 
     __device__ void run() {
         RingCursor<kRing> cursor;
-        WorkRange range(p);
-        WorkItem w;
-        int item = 0, pending = 0;
-        while (range.next(w)) {
+        for (u32 index = 0;;) {
+            const WorkItem& w = smem.queue.wait(index);
+            if (w.request < 0) break;
             if (w.tiles == 0) {
                 write_empty<kRows>(p, w);
+                index = w.index + 1;
+                if (lane == 0) smem.queue.release(w);
                 continue;
             }
             load_query<kRows>(p, w, smem.q);
@@ -281,18 +305,21 @@ struct Consumer {
                 cursor.advance(kBoxes);
             }
             join();
-            if (smem.faults.flag[item++ % PageFaults::kFlags])
+            if (w.invalid)
 #pragma unroll
                 for (int j = 0; j < kColumns; ++j) l[j] = kNan;
-            if (w.parts == 1) {
-                write_out(w);
+            if (w.parts == 1 || absorbs(p, w)) {
+                if (w.parts > 1) wait_for_parts(p, w);
+                write_out(w, w.parts - 1);
             } else {
                 write_part(w);
-                announce_part(p, w, smem.pending, pending++);
+                announce_part(p, w, smem.pending);
             }
+            index = w.index + 1;
+            if (lane == 0) smem.queue.release(w);
         }
-        for (int i = 0; i < pending; ++i)
-            merge_slice<kRows>(p, smem.pending.item[i], reinterpret_cast<float*>(smem.ring.box[0]));
+        for (int i = 0; i < smem.pending.count; ++i)
+            merge_slice<kRows>(p, smem.pending.item[i], *reinterpret_cast<MergeMemory<kRows>*>(smem.ring.box[0]));
     }
 };
 
@@ -301,12 +328,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) mla_decode(const __gri
     SharedMemory& smem = *reinterpret_cast<SharedMemory*>(shared);
     if (threadIdx.x == 0) {
         smem.ring.init_barriers();
+        smem.queue.init_barriers();
+        smem.pending.count = 0;
         fence_barrier_init();
     }
     __syncthreads();
     if (threadIdx.x >= kConsumers) {
         setmaxnreg_dec<40>();
-        if (kLoads && threadIdx.x < kConsumers + 32) produce(p, smem.ring, smem.faults);
+        if (threadIdx.x < kConsumers + 32) produce(p, smem.ring, smem.queue);
     } else if (threadIdx.x < kWarpgroup) {
         setmaxnreg_inc<232>();
         Consumer<0>{p, smem}.run();

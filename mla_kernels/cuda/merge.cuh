@@ -1,11 +1,13 @@
 // Items that are split between CTAs: partial results in global memory, merged in the same launch.
 //
-// A part is O (unnormalised) and, per row, the reference exponent m and the sum l = sum 2^(s - m). Every CTA leaves at
-// most two parts: slot 0 for an item begun elsewhere, slot 1 for an item that goes on elsewhere. When its share is done
-// it waits for the other parts of those items and merges its own 1/n-th of each, always in the same order, so results
-// do not depend on timing. The launch is cooperative: every CTA waited for is resident.
+// A part is O (unnormalised) and, per row, the reference exponent m and the sum l = sum 2^(s - m). Part 0 is the last
+// item of its CTA's share, every other part the first of its own. So with few parts the others are long done when
+// part 0 is: its CTA absorbs them into its registers and writes the result. With many parts (few, long sequences) every
+// CTA leaves its part, and when its share is done merges 1/n-th of the rows. Always in the same order: results do not
+// depend on timing. The launch is cooperative: every CTA waited for is resident.
 #pragma once
 #include "schedule.cuh"
+#include "softmax.cuh"
 
 constexpr float kLn2 = 0.693147180559945309f;
 constexpr int kVectors = kHeadDimV / 4;  // float4 a row
@@ -49,73 +51,155 @@ __device__ __forceinline__ void write_empty(const DecodeParams& p, const WorkIte
     const int rows = min(kRows, p.s_q * p.h_q - w.row_block * kRows);
     const float fill = w.invalid ? kNan : 0.f;
     const u32 packed = pack_elements(fill, fill);
-    for (int i = threadIdx.x; i < rows * kVectors; i += kConsumers) {
+    const int thread = launder(threadIdx.x);
+    for (int i = thread; i < rows * kVectors; i += kConsumers) {
         u16* row = out_row(p, w.request, w.row_block * kRows + i / kVectors);
         reinterpret_cast<uint2*>(row)[i % kVectors] = make_uint2(packed, packed);
     }
-    for (int r = threadIdx.x; r < rows; r += kConsumers)
+    for (int r = thread; r < rows; r += kConsumers)
         store_lse(p, w.request, w.row_block * kRows + r, w.invalid ? kNan : -kInfinity);
 }
 
-// The split items that this CTA takes part in, to be merged when its share is done. In shared memory: a run-time index
-// would put them on the stack.
-struct PendingMerges {
-    WorkItem item[2];
+constexpr int kAbsorbedParts = 4;
+
+// Whether this CTA finishes a split item of few parts.
+__device__ __forceinline__ bool absorbs(const DecodeParams& p, const WorkItem& w) {
+    return w.parts <= kAbsorbedParts && part_of_this_cta(p, w) == 0;
+}
+
+__device__ __forceinline__ void spin_until(const u32* counter, int count) {
+    while (load_acquire(counter) < static_cast<u32>(count)) {
+    }
+}
+
+// Called by all consumers of the CTA that absorbs `w`'s other parts.
+__device__ __forceinline__ void wait_for_parts(const DecodeParams& p, const WorkItem& w) {
+    if (threadIdx.x == 0) {
+        spin_until(&p.arrivals[2 * w.first_cta], w.parts - 1);
+        p.arrivals[2 * w.first_cta] = 0;  // as the next launch expects it
+    }
+    named_barrier_sync(kBarrierConsumers, kConsumers);
+}
+
+// Weights that join this CTA's part of a row with `others` parts left by other CTAs.
+template <int kRows>
+struct AbsorbedRow {
+    float own, other[kAbsorbedParts - 1], lse;
+
+    __device__ AbsorbedRow(const DecodeParams& p, const WorkItem& w, int row, int others, float m, float l) {
+        float2 stats[kAbsorbedParts - 1];
+        float joint = m;
+#pragma unroll
+        for (int k = 0; k < kAbsorbedParts - 1; ++k) {
+            stats[k] = k < others ? partial_slot<kRows>(p, w.first_cta, k + 1).stats[row] : make_float2(-kInfinity, 0.f);
+            joint = fmaxf(joint, stats[k].x);
+        }
+        own = rescale_factor(m, joint);
+        float sum = l * own;
+#pragma unroll
+        for (int k = 0; k < kAbsorbedParts - 1; ++k) {
+            other[k] = rescale_factor(stats[k].x, joint);
+            sum = fmaf(stats[k].y, other[k], sum);
+        }
+        const float inverse = inverse_sum(sum);
+        own *= inverse;
+#pragma unroll
+        for (int k = 0; k < kAbsorbedParts - 1; ++k) other[k] *= inverse;
+        lse = natural_lse(joint, sum);
+    }
 };
 
-// Called by all consumers after they wrote their part of `w`, the `count`-th of this CTA.
-__device__ __forceinline__ void announce_part(const DecodeParams& p, const WorkItem& w, PendingMerges& pending, int count) {
+// The split items of many parts that this CTA takes part in, to be merged when its share is done. In shared memory: a
+// run-time index would put them on the stack.
+struct PendingMerges {
+    WorkItem item[2];
+    int count;
+};
+
+// Called by all consumers after they wrote their part of `w`.
+__device__ __forceinline__ void announce_part(const DecodeParams& p, const WorkItem& w, PendingMerges& pending) {
+    const bool later = w.parts > kAbsorbedParts;
     __threadfence();
-    if (threadIdx.x == 0) pending.item[count] = w;
+    if (later && threadIdx.x == 0) pending.item[pending.count++] = w;
     named_barrier_sync(kBarrierConsumers, kConsumers);
     if (threadIdx.x == 0) atomic_add_acq_rel(&p.arrivals[2 * w.first_cta], 1);
 }
 
-// Merges this CTA's slice of one split item. `weights` is free shared memory, kRows + 2 * parts floats.
+constexpr int kMaxParts = 160;  // SMs of the largest Hopper GPU, and a few
+
 template <int kRows>
-__device__ __forceinline__ void merge_slice(const DecodeParams& p, const WorkItem& w, float* weights) {
+struct MergeMemory {
+    float4 sums[kConsumers];
+    float weights[kRows + 2 * kMaxParts];  // (part, row of the slice)
+};
+
+// Merges this CTA's slice, 1/n-th of the rows' vectors, of one split item of n parts.
+template <int kRows>
+__device__ __forceinline__ void merge_slice(const DecodeParams& p, const WorkItem& w, MergeMemory<kRows>& smem) {
     u32* arrived = &p.arrivals[2 * w.first_cta];
-    if (threadIdx.x == 0)
-        while (load_acquire(arrived) < static_cast<u32>(w.parts)) {
-        }
+    if (threadIdx.x == 0) spin_until(arrived, w.parts);
     named_barrier_sync(kBarrierConsumers, kConsumers);
 
-    const int rows = min(kRows, p.s_q * p.h_q - w.row_block * kRows);
-    const int part = part_of_this_cta(p, w);
+    const int rows = min(kRows, p.s_q * p.h_q - w.row_block * kRows), part = part_of_this_cta(p, w);
     const int begin = rows * kVectors * part / w.parts, end = rows * kVectors * (part + 1) / w.parts;
     const int first_row = begin / kVectors, slice_rows = (end + kVectors - 1) / kVectors - first_row;
-    for (int r = threadIdx.x; r < slice_rows; r += kConsumers) {
-        const int row = first_row + r;
+    const int thread = launder(threadIdx.x), warp = thread / 32, lane = thread % 32;
+
+    for (int r = warp; r < slice_rows; r += kConsumers / 32) {  // a warp a row, a lane a part
+        float2 stats[kMaxParts / 32];
         float m = -kInfinity, l = 0.f;
-        for (int i = 0; i < w.parts; ++i) m = fmaxf(m, partial_slot<kRows>(p, w.first_cta, i).stats[row].x);
-        const float reference = m == -kInfinity ? 0.f : m;
-        for (int i = 0; i < w.parts; ++i) {
-            const float2 stats = partial_slot<kRows>(p, w.first_cta, i).stats[row];
-            l += stats.y * exp2f(stats.x - reference);
+#pragma unroll
+        for (int k = 0; k < kMaxParts / 32; ++k) {
+            const int i = k * 32 + lane;
+            stats[k] = i < w.parts ? partial_slot<kRows>(p, w.first_cta, i).stats[first_row + r] : make_float2(-kInfinity, 0.f);
+            m = fmaxf(m, stats[k].x);
         }
-        for (int i = 0; i < w.parts; ++i) {
-            const float2 stats = partial_slot<kRows>(p, w.first_cta, i).stats[row];
-            weights[i * slice_rows + r] = exp2f(stats.x - reference) * inverse_sum(l);
-        }
-        if (row * kVectors >= begin)
-            store_lse(p, w.request, w.row_block * kRows + row, natural_lse(reference, l));
+#pragma unroll
+        for (int step = 1; step < 32; step *= 2) m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, step));
+        if (m == -kInfinity) m = 0.f;
+#pragma unroll
+        for (int k = 0; k < kMaxParts / 32; ++k) l += stats[k].y * exp2f(stats[k].x - m);
+#pragma unroll
+        for (int step = 1; step < 32; step *= 2) l += __shfl_xor_sync(0xffffffffu, l, step);
+#pragma unroll
+        for (int k = 0; k < kMaxParts / 32; ++k)
+            if (k * 32 + lane < w.parts)
+                smem.weights[(k * 32 + lane) * slice_rows + r] = exp2f(stats[k].x - m) * inverse_sum(l);
+        if (lane == 0 && (first_row + r) * kVectors >= begin)
+            store_lse(p, w.request, w.row_block * kRows + first_row + r, natural_lse(m, l));
     }
     named_barrier_sync(kBarrierConsumers, kConsumers);
 
-    for (int i = begin + threadIdx.x; i < end; i += kConsumers) {
-        const int row = i / kVectors, column = i - row * kVectors;
+    // A slice of fewer vectors than threads: `teams` threads share a vector's parts, then the first adds their sums.
+    const int vectors = end - begin, teams = vectors < kConsumers ? kConsumers / max(vectors, 1) : 1;
+    for (int base = 0; base < vectors; base += kConsumers) {
+        const int v = teams > 1 ? thread % vectors : base + thread, team = teams > 1 ? thread / vectors : 0;
+        const bool works = v < vectors && team < teams;
+        const int row = (begin + v) / kVectors, column = (begin + v) % kVectors;
         float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll 4
-        for (int k = 0; k < w.parts; ++k) {
-            const float weight = weights[k * slice_rows + row - first_row];
-            const float4 o = partial_slot<kRows>(p, w.first_cta, k).o[row][column];
-            sum.x = fmaf(weight, o.x, sum.x);
-            sum.y = fmaf(weight, o.y, sum.y);
-            sum.z = fmaf(weight, o.z, sum.z);
-            sum.w = fmaf(weight, o.w, sum.w);
+        if (works) {
+#pragma unroll 8
+            for (int k = team; k < w.parts; k += teams) {
+                const float weight = smem.weights[k * slice_rows + row - first_row];
+                const float4 o = partial_slot<kRows>(p, w.first_cta, k).o[row][column];
+                sum.x = fmaf(weight, o.x, sum.x);
+                sum.y = fmaf(weight, o.y, sum.y);
+                sum.z = fmaf(weight, o.z, sum.z);
+                sum.w = fmaf(weight, o.w, sum.w);
+            }
         }
-        u16* out = out_row(p, w.request, w.row_block * kRows + row);
-        reinterpret_cast<uint2*>(out)[column] = make_uint2(pack_elements(sum.x, sum.y), pack_elements(sum.z, sum.w));
+        if (teams > 1) {
+            smem.sums[thread] = sum;
+            named_barrier_sync(kBarrierConsumers, kConsumers);
+            for (int other = 1; works && team == 0 && other < teams; ++other) {
+                const float4 more = smem.sums[other * vectors + v];
+                sum = make_float4(sum.x + more.x, sum.y + more.y, sum.z + more.z, sum.w + more.w);
+            }
+        }
+        if (works && team == 0) {
+            u16* out = out_row(p, w.request, w.row_block * kRows + row);
+            reinterpret_cast<uint2*>(out)[column] = make_uint2(pack_elements(sum.x, sum.y), pack_elements(sum.z, sum.w));
+        }
     }
     named_barrier_sync(kBarrierConsumers, kConsumers);
     if (threadIdx.x == 0) {  // the last to leave resets the counters for the next launch

@@ -1,4 +1,4 @@
-// The producer warp: walks the same work items as the consumers and streams their KV boxes into a ring, as far ahead
+// The producer warp: walks the CTA's work items and streams their KV boxes into a ring, as far ahead of the consumers
 // as the ring is deep, across item borders.
 #pragma once
 #include "schedule.cuh"
@@ -43,24 +43,46 @@ struct RingCursor {
     }
 };
 
-// Items whose page table holds an id outside the pool; the producer is never `kFlags` items ahead.
-struct PageFaults {
-    static constexpr int kFlags = 8;
-    int flag[kFlags];
+// Work items on their way from the producer to the consumers. `request` < 0 ends the share.
+struct ItemQueue {
+    static constexpr int kSlots = 4;
+    WorkItem item[kSlots];
+    u64 full[kSlots], empty[kSlots];
+
+    __device__ void init_barriers() {
+        for (int i = 0; i < kSlots; ++i) {
+            mbarrier_init(&full[i], 1);
+            mbarrier_init(&empty[i], kConsumers / 32);
+        }
+    }
+    __device__ WorkItem& push(const WorkItem& w) {  // by one thread
+        const u32 slot = w.index % kSlots;
+        mbarrier_wait(&empty[slot], (w.index / kSlots & 1) ^ 1);
+        item[slot] = w;
+        mbarrier_arrive(&full[slot]);
+        return item[slot];
+    }
+    __device__ WorkItem& wait(u32 index) {
+        mbarrier_wait(&full[index % kSlots], index / kSlots & 1);
+        return item[index % kSlots];
+    }
+    __device__ void release(const WorkItem& w) {  // by one lane of each consumer warp
+        mbarrier_arrive(&empty[w.index % kSlots]);
+    }
 };
 
-// Run by one warp. A page id outside the pool is never read: TMA fills the box with zeros, and the flag makes NaN of it.
+// Run by one warp: walks the CTA's share, hands its items to the consumers and streams their boxes.
+// A page id outside the pool is never read: TMA fills the box with zeros, and `invalid` makes NaN of the result.
 template <int kSlots>
-__device__ __forceinline__ void produce(const DecodeParams& p, BoxRing<kSlots>& ring, PageFaults& faults) {
+__device__ __forceinline__ void produce(const DecodeParams& p, BoxRing<kSlots>& ring, ItemQueue& queue) {
     const int lane = threadIdx.x & 31;
     RingCursor<kSlots> cursor;
     WorkRange range(p);
     WorkItem w;
-    int item = 0;
+    WorkItem* pushed = nullptr;
     while (range.next(w)) {
-        if (w.tiles == 0) continue;
-        int* fault = &faults.flag[item++ % PageFaults::kFlags];
-        if (lane == 0) *fault = 0;
+        if (lane == 0) pushed = &queue.push(w);
+        if (!kLoads) continue;
         const int* pages = p.block_table + static_cast<long long>(w.request) * p.table_stride;
         int lane_page = 0;
         for (int tile = w.begin; tile < w.end; ++tile) {
@@ -68,7 +90,7 @@ __device__ __forceinline__ void produce(const DecodeParams& p, BoxRing<kSlots>& 
             if (ahead == 0 && tile + lane < w.end) lane_page = pages[tile + lane];
             const int page = __shfl_sync(0xffffffffu, lane_page, ahead);
             if (lane == 0) {
-                if (page < 0 || page >= p.num_pages) *fault = 1;
+                if (page < 0 || page >= p.num_pages) pushed->invalid = true;  // seen with the boxes' barriers
 #pragma unroll 1
                 for (int c = 0; c < kBoxes; ++c) {
                     mbarrier_wait(&ring.empty[cursor.slot], cursor.phase ^ 1);
@@ -80,4 +102,6 @@ __device__ __forceinline__ void produce(const DecodeParams& p, BoxRing<kSlots>& 
             __syncwarp();
         }
     }
+    range.end_mark(w);
+    if (lane == 0) queue.push(w);
 }

@@ -18,6 +18,13 @@ __device__ __forceinline__ u32 smem_address(const void* pointer) {
     return static_cast<u32>(__cvta_generic_to_shared(pointer));
 }
 
+// The same value, of unknown origin: what is derived from it is computed where it stands, instead of being hoisted over
+// the main loop into registers that the accumulators need.
+__device__ __forceinline__ int launder(int value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+
 // ---- mbarrier: producer and consumers hand buffers to each other -------------------------------------------------
 
 __device__ __forceinline__ void mbarrier_init(u64* barrier, u32 arrivals) {

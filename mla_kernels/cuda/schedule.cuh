@@ -3,7 +3,7 @@
 // The batch is a line of work units. Each (request, row group) is an item: `kItemUnits` units for its fixed cost, then
 // one unit a 64-token tile. A row group is `group` row blocks that sit side by side in `group` CTAs and walk the same
 // tiles at the same time, so that the second reads KV from L2. The line is cut into equal shares; an item cut by a
-// share's end is split, and its parts are merged by the CTAs that hold them (merge.cuh).
+// share's end is split, and its parts are merged by the CTAs that hold them (merge.cuh). One warp walks the share.
 #pragma once
 #include "layout.cuh"
 
@@ -17,30 +17,30 @@ struct alignas(64) DecodeParams {
     float* partials;           // two slots a CTA (merge.cuh)
     u32* arrivals;             // two counters a CTA, zero between launches
     float softmax_scale_log2;  // softmax_scale * log2(e)
-    int b, s_q, h_q, num_pages, max_pages, table_stride, row_blocks, group, causal;
+    int b, s_q, h_q, num_pages, max_pages, table_stride, row_blocks, group, row_groups, causal;
 };
 
 struct WorkItem {
+    u32 index;  // of this CTA's items
     int request, kv_len, tiles;
     int row_block;         // of this CTA; may be past the last (then `active` is false)
     int begin, end;        // this CTA's tiles
+    int tiles_before;      // tiles that this CTA took in earlier items
     int first_cta, parts;  // CTA that holds the item's first tile (same place in its group), number of parts
-    bool active, invalid;  // invalid: a length outside the table: the answer is NaN
+    bool active;
+    bool invalid;  // a length outside the table, or (set while its tiles stream in) a page outside the pool: NaN
 };
 
 class WorkRange {
    public:
     __device__ explicit WorkRange(const DecodeParams& p) : p_(p) {
         const int lane = threadIdx.x & 31;
-        row_groups_ = (p.row_blocks + p.group - 1) / p.group;
         int total = 0;
         for (int i = lane; i < p.b; i += 32) total += units(i);
         total = __reduce_add_sync(0xffffffffu, total);
         const int groups = gridDim.x / p.group;
         share_ = (total + groups - 1) / groups;
-        group_index_ = blockIdx.x / p.group;
-        member_ = blockIdx.x - group_index_ * p.group;
-        position_ = group_index_ * share_;
+        position_ = blockIdx.x / p.group * share_;
         end_ = min(position_ + share_, total);
         // find the request that holds `position_`, 32 at a time
         int before = 0;
@@ -74,31 +74,40 @@ class WorkRange {
             const int first_tile = item_begin_ + kItemUnits;
             const int item_end = first_tile + tiles_;
             const int stop = min(end_, item_end);
+            w.index = items_taken_;
             w.request = request_;
             w.kv_len = p_.cache_seqlens[request_];
             w.invalid = w.kv_len < 0 || w.kv_len > p_.max_pages * kPageTokens;
             w.tiles = tiles_;
-            w.row_block = row_group_ * p_.group + member_;
+            const int member = blockIdx.x % p_.group;
+            w.row_block = row_group_ * p_.group + member;
             w.active = w.row_block < p_.row_blocks;
             w.begin = max(position_ - first_tile, 0);
             w.end = max(stop - first_tile, 0);
+            w.tiles_before = tiles_taken_;
             const int first_group = first_tile / share_;
-            w.first_cta = first_group * p_.group + member_;
+            w.first_cta = first_group * p_.group + member;
             w.parts = tiles_ > 0 ? (item_end - 1) / share_ - first_group + 1 : 1;
             const bool owns = tiles_ > 0 ? w.begin < w.end : position_ == item_begin_;
             position_ = stop;
             if (position_ == item_end) {
                 item_begin_ = item_end;
-                if (++row_group_ == row_groups_) {
+                if (++row_group_ == p_.row_groups) {
                     row_group_ = 0;
                     ++request_;
                     if (position_ < end_) tiles_ = tiles(request_);
                 }
             }
-            if (owns && w.active) return true;
+            if (owns && w.active) {
+                ++items_taken_;
+                tiles_taken_ += w.end - w.begin;
+                return true;
+            }
         }
         return false;
     }
+
+    __device__ void end_mark(WorkItem& w) const { w.index = items_taken_, w.request = -1; }
 
    private:
     static constexpr int kItemUnits = MLA_ITEM_UNITS;
@@ -108,9 +117,10 @@ class WorkRange {
         const int length = p_.cache_seqlens[request];
         return length < 0 || length > p_.max_pages * kPageTokens ? 0 : (length + kTileTokens - 1) / kTileTokens;
     }
-    __device__ int units(int request) const { return row_groups_ * (tiles(request) + kItemUnits); }
+    __device__ int units(int request) const { return p_.row_groups * (tiles(request) + kItemUnits); }
 
     const DecodeParams& p_;
-    int row_groups_, group_index_, member_, share_, position_, end_;
-    int request_ = 0, row_group_ = 0, item_begin_ = 0, tiles_ = 0;
+    int share_, position_, end_;
+    int request_ = 0, row_group_ = 0, item_begin_ = 0, tiles_ = 0, tiles_taken_ = 0;
+    u32 items_taken_ = 0;
 };

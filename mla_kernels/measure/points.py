@@ -84,10 +84,7 @@ def measure(step: Step, *, l2_bytes: int, seed: int) -> list[Point]:
     """Points of a step: one for each implementation in a burst, then the sustained ones."""
     import torch
 
-    from mla_kernels import launch
-
     torch.cuda.empty_cache()  # graphs of the step before kept their pools
-    launch.arrivals.cache_clear()  # and a counter for each captured launch; past 4096 they cost a memset each
     sets = sets_to_defeat_l2(step.workload, l2_bytes) if step.rotate else 1
     outcomes = {name: _Outcome() for name in step.implementations}
     alive = lambda: [outcome for outcome in outcomes.values() if outcome.status == "ok"]  # noqa: E731

@@ -65,6 +65,7 @@ def source_section() -> Source:
     """Digest and resources of every kernel that the operators can launch, compiled here if not cached."""
     from mla_kernels.compiler import KernelConfig, compile_kernel, resource_report, source_digest
     from mla_kernels.decode import shipped_configs
+    from mla_kernels.launch import STREAM_READ
 
     def describe(config: KernelConfig) -> Kernel:
         compiled = compile_kernel(config)
@@ -80,7 +81,7 @@ def source_section() -> Source:
             shared_bytes=report.shared_bytes,
         )
 
-    return Source(kernels=[describe(config) for config in shipped_configs()])
+    return Source(kernels=[describe(config) for config in (*shipped_configs(), STREAM_READ)])
 
 
 def device_section() -> Device:

@@ -1,0 +1,61 @@
+"""What every shipped kernel became, proved without a GPU: none spills, none loses its tensor cores."""
+
+import os
+
+import pytest
+
+from mla_kernels import compiler, decode
+
+BLOCKS = ("stream", "mma", "skeleton")
+
+
+@pytest.mark.parametrize("config", decode.shipped_configs(), ids=lambda config: config.name)
+def test_shipped_kernel(config):
+    kernel = compiler.compile_kernel(config)
+    report = compiler.resource_report(kernel)
+    assert report.stack_bytes == 0, "a register array with a run-time index, or spills"
+    assert (report.local_loads, report.local_stores) == (0, 0)
+    assert report.hgmma > 0, "no tensor-core instruction"
+    assert report.utmaldg > 0, "no TMA load"
+    assert report.registers <= 168, "384 threads leave 168 registers each at launch"
+    assert report.shared_bytes <= 228 * 1024
+    assert "C75" not in kernel.log, f"ptxas serialized WGMMA or ignored setmaxnreg: {kernel.log}"
+
+
+@pytest.mark.parametrize("query_rows", [16, 64])
+@pytest.mark.parametrize("work", BLOCKS)
+def test_building_block(work, query_rows):
+    import torch
+
+    report = compiler.resource_report(
+        compiler.compile_kernel(decode.kernel_config(torch.bfloat16, query_rows, work))
+    )
+    assert report.stack_bytes == 0 and report.local_loads == 0
+    assert (report.hgmma > 0) == (work != "stream")
+    assert (report.utmaldg > 0) == (work != "mma")
+
+
+def test_plain_sm_90_is_rejected(monkeypatch, tmp_path):
+    monkeypatch.setenv("MLA_KERNELS_CACHE", str(tmp_path))
+    monkeypatch.setattr(compiler, "ARCH", "sm_90")
+    with pytest.raises(compiler.CompileError, match=r"wgmma|setmaxnreg"):
+        compiler.compile_kernel(decode.shipped_configs()[0])
+    assert not list(tmp_path.glob("*.cubin"))
+
+
+def test_a_stack_frame_is_seen(monkeypatch, tmp_path):
+    """The gate's own eyes: an array of registers indexed at run time must not pass."""
+    (tmp_path / "indexed.cu").write_text(
+        'extern "C" __global__ void indexed(float* out, int n) {\n'
+        "    float values[64];\n"
+        "    for (int i = 0; i < 64; ++i) values[i] = 0;\n"
+        "    for (int i = 0; i < n; ++i) values[int(out[i]) & 63] += out[i];\n"
+        "    for (int i = 0; i < 64; ++i) out[i] = values[i];\n"
+        "}\n"
+    )
+    monkeypatch.setattr(compiler, "CUDA_DIR", tmp_path)
+    monkeypatch.setenv("MLA_KERNELS_CACHE", os.fspath(tmp_path / "cache"))
+    config = compiler.KernelConfig("indexed.cu", (), "indexed", shared_bytes=0, threads=32)
+    report = compiler.resource_report(compiler.compile_kernel(config))
+    assert report.stack_bytes > 0 and report.local_loads > 0 and report.local_stores > 0
+    assert report.hgmma == report.utmaldg == 0
