@@ -169,7 +169,7 @@ def l2_effect(record: Record) -> pd.DataFrame:
     data = data.query("kv == 4096 and h_q == 16 and s_q == 1")
     again = data[data.kv_sets == 1].set_index("b")
     fresh = data[data.kv_sets > 1].set_index("b")
-    joined = fresh[["kv_mb", "us", "tb_s"]].join(again[["us", "tb_s"]], rsuffix="_same", how="inner")
+    joined = fresh[["kv_mb", "us", "tb_s"]].join(again[["us", "tb_s"]].add_suffix("_same"), how="inner")
     return joined.assign(speedup=joined.us / joined.us_same).reset_index().sort_values("b")
 
 

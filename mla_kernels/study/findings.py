@@ -82,7 +82,7 @@ def table(found: Iterable[Finding], *patterns: str) -> pd.DataFrame:
             "value": significant(finding["value"]),
             "unit": finding["unit"],
             "target": finding["target"],
-            "met": {None: "", True: "yes", False: "not yet"}[is_met(finding)],
+            "met": {None: "", True: "yes", False: "no"}[is_met(finding)],
             "where": finding["point"],
         }
         for finding in found

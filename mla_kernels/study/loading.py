@@ -10,7 +10,7 @@ import ast
 import ctypes
 import datetime
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -72,14 +72,15 @@ def describe(record: Record, how: str, path: Path) -> str:
     )
 
 
-def check_parameters(cells: Iterable[str], known: Iterable[str]) -> None:
-    """Raises NameError for a parameter that the notebook does not have.
+def check_parameters(*known: str) -> None:
+    """Raises NameError for a parameter, set from outside, that is not one of the notebook's ``known``.
 
-    ``cells``: the sources run so far (IPython's ``In``). papermill injects its parameters as a cell that
-    begins "# Parameters", and only warns of a misspelled name.
+    papermill injects parameters as a cell that begins "# Parameters", and only warns of a misspelled name.
     """
-    known = list(known)
-    for cell in cells:
+    from IPython import get_ipython
+
+    shell = get_ipython()
+    for cell in shell.user_ns["In"] if shell else []:
         if not cell.startswith("# Parameters\n"):
             continue
         for node in ast.walk(ast.parse(cell)):

@@ -146,7 +146,7 @@ def sustained(record: Record) -> pd.DataFrame:
         "mj_per_token",
         "throttle",
     ]
-    return held[columns].join(burst, rsuffix="_burst").reset_index().sort_values("rows", ignore_index=True)
+    return held[columns].join(burst.add_suffix("_burst")).reset_index().sort_values("rows", ignore_index=True)
 
 
 def plot_sustained(record: Record) -> pd.DataFrame:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
-from IPython.display import Markdown
+from IPython.display import Markdown, display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -71,6 +71,11 @@ def show(figure: Figure, record: Record) -> None:
 def show_table(table: pd.DataFrame) -> Markdown:
     """A table as a notebook's output."""
     return Markdown(to_markdown(table))
+
+
+def say(text: str) -> None:
+    """A sentence of Markdown, with its numbers from the record, as a notebook's output."""
+    display(Markdown(text))
 
 
 def ceiling(axes: Axes, value: float, text: str, *, style: str = "--") -> None:

@@ -1,0 +1,224 @@
+"""Findings: the worst over the right points, targets, and nothing that no record gives."""
+
+import json
+
+import pytest
+
+from mla_kernels.measure.records import Suite, Verification, save_record
+from mla_kernels.measure.workloads import lognormal, normal, spread_evenly, uniform
+from mla_kernels.study import __main__ as study
+from mla_kernels.study import findings as module
+from mla_kernels.study.findings import findings, is_met, markdown, replace_between_markers, table
+
+
+def values(*records):
+    return {finding["key"]: finding["value"] for finding in findings(records)}
+
+
+def one(key, *records):
+    return next(finding for finding in findings(records) if finding["key"] == key)
+
+
+def test_no_record_no_finding():
+    assert findings([]) == []
+
+
+def test_keys_against_peers_are_absent_until_there_are_peers(roofline, bandwidth):
+    found = values(roofline, bandwidth)
+    assert not [key for key in found if "peer" in key or "flashmla" in key]
+    assert "decode.host_us" not in found and "verification.passed" not in found
+
+
+def test_every_key_that_these_records_allow(roofline, bandwidth):
+    found = values(roofline, bandwidth)
+    names = "bandwidth_fraction skeleton_fraction peak_tflops varlen_penalty b1_h16_kv4096_us"
+    assert {f"decode.{name}" for name in names.split()} <= set(found)
+    assert {"energy.pj_per_byte", "roofline.knee", "bandwidth.fixed_cost_us"} <= set(found)
+
+
+def test_bandwidth_fraction_is_the_worst_of_its_points(card):
+    long = uniform(64, 16384, h_q=16)
+    counted = card.point("mla_kernels", long, us=long_us(long, 0.8, card))
+    held = card.point("mla_kernels", long, "sustained", us=long_us(long, 0.7, card))
+    others = [
+        card.point("mla_kernels", uniform(64, 8192, h_q=16), us=1e5),  # fewer than 2^20 tokens
+        card.point("mla_kernels", uniform(64, 16384, h_q=33), us=1e5),  # more rows than memory-bound
+        card.point("mla_kernels", uniform(64, 16384, h_q=16, s_q=4), us=1e5),
+        card.point("block:stream", long, us=1e5),
+    ]
+    found = one("decode.bandwidth_fraction", card.record("roofline", [counted, *others]))
+    assert found["value"] == pytest.approx(0.8) and found["point"].startswith("burst, h_q 16, s_q 1, b 64")
+    found = one("decode.bandwidth_fraction", card.record("roofline", [counted, held, *others]))
+    assert found["value"] == pytest.approx(0.7) and found["record"] == "h200/roofline"
+
+
+def long_us(workload, share, card):
+    from mla_kernels.measure.figures import moved_bytes
+
+    return moved_bytes(workload) / (share * card.read) / 1e6
+
+
+def test_worst_over_several_records_names_the_record(card):
+    workload = uniform(64, 16384, h_q=16)
+    fast = card.record("roofline", [card.point("mla_kernels", workload, us=long_us(workload, 0.9, card))])
+    slow = card.record("bandwidth", [card.point("mla_kernels", workload, us=long_us(workload, 0.6, card))])
+    for pair in ((fast, slow), (slow, fast)):
+        found = one("decode.bandwidth_fraction", *pair)
+        assert (found["value"], found["record"]) == (pytest.approx(0.6), "h200/bandwidth")
+
+
+def test_skeleton_fraction_compares_the_same_workload_and_mode(card):
+    big, bigger = uniform(64, 16384, h_q=128), uniform(32, 65536, h_q=128, s_q=2)
+    points = []
+    for workload, mode, ours, skeleton in (
+        (big, "burst", 100.0, 95.0),
+        (bigger, "burst", 100.0, 90.0),
+        (big, "sustained", 100.0, 92.0),
+        (uniform(64, 16384, h_q=64), "burst", 100.0, 10.0),  # none of the following count
+        (uniform(16, 16384, h_q=128), "burst", 100.0, 10.0),
+        (uniform(64, 4096, h_q=128), "burst", 100.0, 10.0),
+    ):
+        points += [card.point("mla_kernels", workload, mode, us=ours)]
+        points += [card.point("block:skeleton", workload, mode, us=skeleton)]
+    found = one("decode.skeleton_fraction", card.record("roofline", points))
+    assert found["value"] == pytest.approx(0.90) and "s_q 2" in found["point"]
+    assert "decode.skeleton_fraction" not in values(card.record("roofline", points[::2]))
+
+
+def test_varlen_penalty_is_the_worst_against_even_lengths(card):
+    points = []
+    for draw, us in ((normal, 103.0), (lognormal, 108.0)):
+        varied = draw(128, 4096, 2048, seed=1, h_q=16)
+        points += [card.point("mla_kernels", varied, us=us)]
+        points += [card.point("mla_kernels", spread_evenly(varied), us=100.0)]
+    found = one("decode.varlen_penalty", card.record("bandwidth", points))
+    assert found["value"] == pytest.approx(0.08) and "lognormal" in found["point"]
+    assert "decode.varlen_penalty" not in values(card.record("bandwidth", points[::2]))  # nothing even
+
+
+def test_single_sequence_time_is_that_of_a_cold_cache(card):
+    workload = uniform(1, 4096, h_q=16)
+    warm = card.point("mla_kernels", workload, kv_sets=1, us=5.0)
+    assert "decode.b1_h16_kv4096_us" not in values(card.record("bandwidth", [warm]))
+    cold = card.point("mla_kernels", workload, us=9.0)
+    record = card.record("bandwidth", [warm, cold])
+    assert values(record)["decode.b1_h16_kv4096_us"] == 9.0
+    assert values(record)["bandwidth.l2_speedup"] == pytest.approx(9 / 5)
+
+
+def test_peak_is_the_best_burst(card):
+    workload = uniform(64, 16384, h_q=128)
+    flop = 2 * 128 * 64 * 16384 * 1088
+    points = [card.point("mla_kernels", workload, us=flop / 500e6)]
+    points += [card.point("mla_kernels", uniform(32, 16384, h_q=128), us=flop / 2 / 600e6)]
+    points += [card.point("mla_kernels", uniform(16, 16384, h_q=128), "sustained", us=flop / 4 / 700e6)]
+    points += [card.point("block:mma", workload, us=flop / 900e6)]
+    assert values(card.record("roofline", points))["decode.peak_tflops"] == pytest.approx(600)
+
+
+def test_failed_points_count_for_nothing(card):
+    workload = uniform(64, 16384, h_q=16)
+    failed = card.point("mla_kernels", workload).model_copy(
+        update={"status": "failed", "reason": "CUDA error", "samples_us": []}
+    )
+    assert not [key for key in values(card.record("roofline", [failed])) if key.startswith("decode.")]
+
+
+def test_a_missing_ceiling_costs_only_what_needs_it(card, roofline):
+    found = values(roofline.model_copy(update={"ceilings": []}))
+    assert "decode.bandwidth_fraction" not in found and "roofline.ridge" not in found
+    assert "decode.peak_tflops" in found
+
+
+def test_coefficients_of_the_card_come_back(card, roofline, bandwidth):
+    found = values(roofline, bandwidth)
+    assert found["bandwidth.fixed_cost_us"] == pytest.approx(card.fixed_us, rel=1e-6)
+    assert found["bandwidth.slope"] == pytest.approx(card.read * card.read_share, rel=1e-6)
+    assert found["roofline.ridge"] == pytest.approx(card.matmul / card.read)
+    assert found["energy.static_w"] == pytest.approx(card.static_w, rel=1e-6)
+    assert found["energy.pj_per_byte"] == pytest.approx(card.w_per_tb_s, rel=1e-6)
+    assert found["energy.pj_per_flop"] == pytest.approx(card.w_per_tflops, rel=1e-6)
+    # the knee is the ridge of the kernel's own two rates, but for the fixed cost
+    own = card.matmul * card.matmul_share / (card.read * card.read_share)
+    assert found["roofline.knee"] == pytest.approx(own, rel=0.05)
+
+
+def test_counters_against_counted_bytes(card):
+    workload = uniform(128, 4096, h_q=16)
+    counted = 128 * 4096 * 1152 + 128 * 16 * (576 + 512) * 2
+    point = card.point("mla_kernels", workload, counters={"dram_read_bytes": 1.02 * counted})
+    record = card.record("bandwidth", [point, card.point("mla_kernels", uniform(64, 4096, h_q=16))])
+    assert values(record)["bandwidth.bytes_read"] == pytest.approx(1.02)
+
+
+def test_verification(card):
+    outcome = Verification(
+        suites={"a": Suite(passed=3, failed=0, skipped=1), "b": Suite(passed=4, failed=1, skipped=0)},
+        worst={"out_rel_l2/bf16": 2e-3, "lse_max_abs/bf16": 1e-6, "lse_max_abs/fp16": 3e-6},
+    )
+    record = card.record("verification", [], ceilings=[], verification=outcome)
+    found = values(record)
+    assert (found["verification.passed"], found["verification.failed"]) == (7, 1)
+    assert found["verification.lse_max_abs"] == 3e-6 and "verification.out_rel_l2_fp16" not in found
+    met = {finding["key"]: is_met(finding) for finding in findings([record])}
+    assert met["verification.failed"] is False and met["verification.out_rel_l2_bf16"] is True
+
+
+@pytest.mark.parametrize(
+    "value, target, met",
+    [(0.94, "≥ 0.94", True), (0.939, "≥ 0.94", False), (8, "≤ 8", True), (9, "≤ 8", False)],
+)
+def test_targets(value, target, met):
+    assert is_met({"value": value, "target": target}) is met
+    assert is_met({"value": value, "target": ""}) is None
+
+
+def test_table_selects_by_pattern(roofline):
+    assert set(table(findings([roofline]), "energy.*").finding.str.partition(".")[0]) == {"energy"}
+
+
+@pytest.fixture
+def data(tmp_path, roofline, bandwidth):
+    for record in (roofline, bandwidth):
+        save_record(record, tmp_path / "h200" / f"{record.experiment}.json")
+    return tmp_path
+
+
+def test_command_prints_json(data, capsys):
+    assert study.main(["findings", "--json", "--data", str(data)]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert [finding["key"] for finding in printed] == [
+        d.key for d in module.DEFINITIONS if d.key in values(*module.load_all(data=data))
+    ]
+    assert all(set(finding) == {"key", "value", "unit", "target", "record", "point"} for finding in printed)
+
+
+def test_command_updates_a_file_between_markers(data, tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{module.BEGIN}\nold\n{module.END}\nafter\n")
+    assert study.main(["findings", "--update", str(page), "--data", str(data)]) == 0
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert "| `decode.peak_tflops` |" in text and "2026-01-01, commit 0123456789" in text
+    page.write_text("no markers")
+    assert study.main(["findings", "--update", str(page), "--data", str(data)]) == 1
+    assert "page.md" in capsys.readouterr().err and page.read_text() == "no markers"
+
+
+def test_command_names_a_record_that_cannot_be_used(data, capsys):
+    path = data / "h200" / "roofline.json"
+    path.write_text(path.read_text()[:-200])
+    assert study.main(["findings", "--data", str(data)]) == 1
+    assert "roofline.json" in capsys.readouterr().err
+
+
+def test_command_without_records(tmp_path, capsys):
+    assert study.main(["findings", "--data", str(tmp_path)]) == 0
+    assert "no records" in capsys.readouterr().out
+    assert markdown([]) == "Nothing is recorded yet."
+
+
+def test_markers_must_be_there_once():
+    twice = f"{module.BEGIN}{module.END}" * 2
+    with pytest.raises(ValueError, match="once"):
+        replace_between_markers(twice, "x")
