@@ -186,7 +186,7 @@ def test_a_misspelled_parameter_stops_the_notebook(tmp_path):
     cell = nbformat.v4.new_code_cell('source = "auto"', metadata={"tags": ["parameters"]})
     check = "from mla_kernels.study.loading import check_parameters\ncheck_parameters('source')"
     notebook = nbformat.v4.new_notebook(cells=[cell, nbformat.v4.new_code_cell(check)])
-    notebook.metadata = {"kernelspec": {"name": "python3", "language": "python"}}
+    notebook.metadata = {"kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}}
     nbformat.write(notebook, tmp_path / "in.ipynb")
 
     def execute(**parameters):
