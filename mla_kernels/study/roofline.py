@@ -249,6 +249,7 @@ def plot_three_roofs(record: Record, roof: EnergyRoof, cap_w: float) -> pd.DataF
     )
     _log_axes(axes)
     axes.set_xlim(intensity[0], intensity[-1])
+    axes.set_ylim(data.tflops.min() / 2, None)
     axes.set(title="The third roof: what the power budget allows")
     axes.legend(loc="lower right")
     style.show(figure, record)
