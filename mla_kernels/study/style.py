@@ -31,10 +31,9 @@ CEILING = "#444444"
 ALARM = _PALETTE[3]
 SHADES = "crest"  # an ordered quantity: light to dark
 
-# About 100 pixels an inch keeps a figure under 150 KB in a committed notebook.
+# 100 pixels an inch keep a figure under 150 KB in a committed notebook.
 _SETTINGS = {
     "figure.dpi": 100,
-    "savefig.dpi": 100,
     "axes.titlesize": 12,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",

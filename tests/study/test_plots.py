@@ -23,7 +23,7 @@ def shown(monkeypatch, tmp_path):
 
     def keep():
         files.append(tmp_path / f"{len(files)}.png")
-        plt.gcf().savefig(files[-1], bbox_inches="tight")
+        plt.gcf().savefig(files[-1], bbox_inches="tight", dpi="figure")  # as the notebook does
 
     monkeypatch.setattr(plt, "show", keep)
     return files
