@@ -39,7 +39,6 @@ struct Consumer {
     const int row = warp * 16 + lane / 4;  // and row + 8
     float o[kHalfColumns / 2];
     float m[2], l[2];
-    bool exact = true;  // how this warpgroup sums its next tile's scores
     u32 p_phase = 0;  // of the other's p_ready
 
     // A tile in flight: its first ring slot and the parity of its boxes' `full`.
@@ -55,56 +54,29 @@ struct Consumer {
         for (int i = 0; i < kHalfColumns / 2; ++i) o[i] = 0.f;
 #pragma unroll
         for (int r = 0; r < 2; ++r) m[r] = -kInfinity, l[r] = 0.f;
-        exact = true;
     }
 
-    // S of a tile, summed in chains of kChainBoxes boxes (softmax.cuh); complete on return.
-    template <int kChainBoxes>
-    __device__ void qk(Buffer b, float (&s)[kTileTokens / 2]) {
+    // Masked scores of an owned tile, complete on return: four chains of two or three boxes (softmax.cuh).
+    __device__ void scores(const WorkItem& w, int tile, Buffer b, float (&s)[kTileTokens / 2]) {
         float part[kTileTokens / 2];
 #pragma unroll
         for (int c = 0; c < kBoxes; ++c) {
+            const bool starts = c % 2 == 0 && c < kBoxes - 1, ends = c % 2 == 1 && c < kBoxes - 2 || c == kBoxes - 1;
             if (kLoads) mbarrier_wait(&smem.ring.full[b.slot + c], b.phase);
             wgmma_fence();
             const u64 q = descriptor_k_major(smem.q[c]), k = descriptor_k_major(box(b, c));
 #pragma unroll
             for (int step = 0; step < kStepsPerBox; ++step)
                 wgmma_ss<kTileTokens, 0, 0>(part, q + step * kAdvanceAlongRow, k + step * kAdvanceAlongRow,
-                                            c % kChainBoxes + step > 0);
-            if ((c + 1) % kChainBoxes != 0) continue;
+                                            !starts || step > 0);
+            if (!ends) continue;
             wgmma_commit();
             wgmma_wait<0>();
             wgmma_fence_operands(part);
 #pragma unroll
-            for (int i = 0; i < kTileTokens / 2; ++i) s[i] = c < kChainBoxes ? part[i] : s[i] + part[i];
+            for (int i = 0; i < kTileTokens / 2; ++i) s[i] = c == 1 ? part[i] : s[i] + part[i];
         }
-    }
-
-    // Masked scores of an owned tile and the rows' largest. The fast sum serves small scores; a tile in which a large
-    // one counts is summed again, exactly, and the next tiles exactly at once.
-    __device__ void scores(const WorkItem& w, int tile, Buffer b, float (&s)[kTileTokens / 2], float (&top)[2]) {
-        if (!kSoftmax || !exact) {
-            qk<kBoxes>(b, s);
-            if (kSoftmax) exact = masked_top(w, tile, s, top);
-        }
-        if (kSoftmax && exact) {
-            qk<1>(b, s);
-            exact = masked_top(w, tile, s, top);
-        }
-    }
-
-    // Returns whether any row of the tile needs an exact sum.
-    __device__ bool masked_top(const WorkItem& w, int tile, float (&s)[kTileTokens / 2], float (&top)[2]) {
-        if ((tile + 1) * kTileTokens > w.kv_len - (p.causal ? p.s_q - 1 : 0)) mask(w, tile, s);
-        bool large = false;
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            top[r] = -kInfinity;
-#pragma unroll
-            for (int i = r * 2; i < kTileTokens / 2; i += 4) top[r] = fmaxf(top[r], fmaxf(s[i], s[i + 1]));
-            large |= needs_exact_sum(top[r], p.softmax_scale_log2, m[r]);
-        }
-        return named_barrier_any(kBarrierWarpgroup + kWg, kWarpgroup, large);
+        if (kSoftmax && (tile + 1) * kTileTokens > w.kv_len - (p.causal ? p.s_q - 1 : 0)) mask(w, tile, s);
     }
 
     __device__ void mask(const WorkItem& w, int tile, float (&s)[kTileTokens / 2]) {
@@ -154,9 +126,12 @@ struct Consumer {
     }
 
     // Scores -> probabilities, in place. Returns whether this warp's references moved; `factor` is for O.
-    __device__ bool softmax(float (&s)[kTileTokens / 2], float (&top)[2], float (&factor)[2]) {
+    __device__ bool softmax(float (&s)[kTileTokens / 2], float (&factor)[2]) {
         const int warp = launder(this->warp), row = warp * 16 + lane / 4;
         const float scale = p.softmax_scale_log2;
+        float top[2] = {-kInfinity, -kInfinity};
+#pragma unroll
+        for (int i = 0; i < kTileTokens / 2; ++i) top[i / 2 & 1] = fmaxf(top[i / 2 & 1], s[i]);
         const bool passes = passes_reference(top[0], scale, m[0]) || passes_reference(top[1], scale, m[1]);
         const bool moved = __any_sync(0xffffffffu, passes);
         if (moved) {
@@ -227,10 +202,10 @@ struct Consumer {
 
     // Tiles `tile` (lead's) and `tile + 1` (trail's, if `pair`), in buffers `even` and `odd`.
     __device__ void lead(const WorkItem& w, int tile, Buffer even, Buffer odd, bool pair) {
-        float s[kTileTokens / 2], top[2], factor[2];
+        float s[kTileTokens / 2], factor[2];
         u32 probabilities[4][4];
-        scores(w, tile, even, s, top);
-        const bool moved = kSoftmax && softmax(s, top, factor);
+        scores(w, tile, even, s);
+        const bool moved = kSoftmax && softmax(s, factor);
         publish(w, tile, even, s, probabilities);
         if (moved) rescale(factor);
         issue_pv(even, probabilities);
@@ -245,9 +220,9 @@ struct Consumer {
     }
 
     __device__ void trail(const WorkItem& w, int tile, Buffer even, Buffer odd, bool pair) {
-        float s[kTileTokens / 2], top[2], factor[2];
+        float s[kTileTokens / 2], factor[2];
         u32 probabilities[4][4];
-        if (pair) scores(w, tile + 1, odd, s, top);
+        if (pair) scores(w, tile + 1, odd, s);
         take_copy();
         issue_pv_shared(even);  // runs under the softmax below
         if (!pair) {
@@ -255,7 +230,7 @@ struct Consumer {
             release(even, true);
             return;
         }
-        const bool moved = kSoftmax && softmax(s, top, factor);
+        const bool moved = kSoftmax && softmax(s, factor);
         publish(w, tile + 1, odd, s, probabilities);
         wait_all();
         release(even, true);
@@ -269,6 +244,7 @@ struct Consumer {
     __device__ void drain(Buffer b) {
         for (int c = 0; c < kBoxes; ++c) {
             mbarrier_wait(&smem.ring.full[b.slot + c], b.phase);
+            __syncwarp();
             if (lane == 0 && c / kHalfBoxes % 2 == kWg) mbarrier_arrive(&smem.ring.empty[b.slot + c]);
         }
     }
@@ -337,8 +313,7 @@ struct Consumer {
             if (w.request < 0) break;
             if (w.tiles == 0) {
                 write_empty<kRows>(p, w);
-                index = w.index + 1;
-                if (lane == 0) smem.queue.release(w);
+                index = smem.queue.release(w);
                 continue;
             }
             load_query<kRows>(p, w, smem.q);
@@ -365,8 +340,7 @@ struct Consumer {
                 write_part(w);
                 announce_part(p, w, smem.pending);
             }
-            index = w.index + 1;
-            if (lane == 0) smem.queue.release(w);
+            index = smem.queue.release(w);
         }
         for (int i = 0; i < smem.pending.count; ++i)
             merge_slice<kRows>(p, smem.pending.item[i], *reinterpret_cast<MergeMemory<kRows>*>(smem.ring.box[0]));

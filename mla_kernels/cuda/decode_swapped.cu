@@ -56,24 +56,30 @@ struct Consumer {
 
     __device__ void tile(const WorkItem& w, int tile, RingCursor<kRing> cursor) {
         const auto slot_of = [first = cursor.slot](int c) { return first + c < kRing ? first + c : first + c - kRing; };
-        float s[kRows / 2], part[kRows / 2];
+        float s[kRows / 2], part[2][kRows / 2];
 #pragma unroll
-        for (int c = 0; c < kBoxes; ++c) {
-            if (kLoads) mbarrier_wait(&smem.ring.full[slot_of(c)], cursor.phase ^ (slot_of(c) < cursor.slot));
-            if constexpr (kMath) {  // a chain a box: here exact sums cost nothing (softmax.cuh)
-                wgmma_fence();
-                const u64 k = descriptor_k_major(smem.ring.box[slot_of(c)]), q = descriptor_k_major(smem.q[c]);
+        for (int c = 0; c <= kBoxes; ++c) {  // a chain a box, summed while the next one runs (softmax.cuh)
+            if (c < kBoxes) {
+                if (kLoads) mbarrier_wait(&smem.ring.full[slot_of(c)], cursor.phase ^ (slot_of(c) < cursor.slot));
+                if constexpr (kMath) {
+                    wgmma_fence();
+                    const u64 k = descriptor_k_major(smem.ring.box[slot_of(c)]), q = descriptor_k_major(smem.q[c]);
 #pragma unroll
-                for (int step = 0; step < kStepsPerBox; ++step)
-                    wgmma_ss<kRows, 0, 0>(part, k + step * kAdvanceAlongRow, q + step * kAdvanceAlongRow, step > 0);
-                wgmma_commit();
-                wgmma_wait<0>();
-                wgmma_fence_operands(part);
-#pragma unroll
-                for (int i = 0; i < kRows / 2; ++i) s[i] = c == 0 ? part[i] : s[i] + part[i];
+                    for (int step = 0; step < kStepsPerBox; ++step)
+                        wgmma_ss<kRows, 0, 0>(part[c & 1], k + step * kAdvanceAlongRow, q + step * kAdvanceAlongRow, step > 0);
+                    wgmma_commit();
+                }
             }
+            if (!kMath || c == 0) continue;
+            if (c < kBoxes) wgmma_wait<1>();
+            else wgmma_wait<0>();
+            float(&done)[kRows / 2] = part[(c - 1) & 1];
+            wgmma_fence_operands(done);
+#pragma unroll
+            for (int i = 0; i < kRows / 2; ++i) s[i] = c == 1 ? done[i] : s[i] + done[i];
         }
         if constexpr (!kMath) {
+            __syncwarp();
 #pragma unroll
             for (int c = 0; c < kBoxes; ++c) release(slot_of(c));
             return;
@@ -294,8 +300,7 @@ struct Consumer {
             if (w.request < 0) break;
             if (w.tiles == 0) {
                 write_empty<kRows>(p, w);
-                index = w.index + 1;
-                if (lane == 0) smem.queue.release(w);
+                index = smem.queue.release(w);
                 continue;
             }
             load_query<kRows>(p, w, smem.q);
@@ -315,8 +320,7 @@ struct Consumer {
                 write_part(w);
                 announce_part(p, w, smem.pending);
             }
-            index = w.index + 1;
-            if (lane == 0) smem.queue.release(w);
+            index = smem.queue.release(w);
         }
         for (int i = 0; i < smem.pending.count; ++i)
             merge_slice<kRows>(p, smem.pending.item[i], *reinterpret_cast<MergeMemory<kRows>*>(smem.ring.box[0]));

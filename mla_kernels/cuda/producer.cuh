@@ -66,8 +66,11 @@ struct ItemQueue {
         mbarrier_wait(&full[index % kSlots], index / kSlots & 1);
         return item[index % kSlots];
     }
-    __device__ void release(const WorkItem& w) {  // by one lane of each consumer warp
-        mbarrier_arrive(&empty[w.index % kSlots]);
+    __device__ u32 release(const WorkItem& w) {  // by every consumer warp; returns the next item's index
+        const u32 next = w.index + 1;
+        __syncwarp();  // no lane reads `w` any more
+        if ((threadIdx.x & 31) == 0) mbarrier_arrive(&empty[(next - 1) % kSlots]);
+        return next;
     }
 };
 

@@ -3,22 +3,14 @@
 // p = 2^(s * scale_log2 - m). Any m near the running maximum gives the same quotient, so m moves only when a new score
 // passes it by more than kSlack (then O and l are rescaled): p <= 2^8, far from overflow in bf16, fp16 and fp32, and
 // after a sequence's first tile the rescaling almost never happens.
+//
+// Scores are summed in short chains. The tensor core truncates when it adds to its accumulator: over the 36 steps of a
+// 576-long dot product that takes about 8e-7 of a score away (an LSE of 47 was off by 4e-5). So a chain ends after a few
+// boxes and the chains are added in fp32; what truncation takes on average then is given back through the scale (decode.py).
 #pragma once
 #include "layout.cuh"
 
 constexpr float kSlack = 8.f;
-
-// The tensor core truncates when it adds to its accumulator. Over the 36 steps of a 576-long dot product that shrinks a
-// score by about 1e-6 of itself (measured: LSE off by 4e-5 at 42). Summed a box (4 steps) at a time, with the boxes
-// added in fp32, the error is a ninth, but WGMMA drains nine times a tile: 8 % of a compute-bound kernel. So scores are
-// summed exactly only where it can be seen: a tile's largest above kLargeScore (log2 units), and not so far below the
-// reference that it does not count.
-constexpr float kLargeScore = 9.f;
-constexpr float kNegligible = 20.f;
-
-__device__ __forceinline__ bool needs_exact_sum(float top, float scale_log2, float m) {
-    return fabsf(top) * scale_log2 > kLargeScore && fmaf(top, scale_log2, -m) > -kNegligible;
-}
 
 __device__ __forceinline__ bool passes_reference(float score, float scale_log2, float m) {
     return fmaf(score, scale_log2, -m) > kSlack;
