@@ -56,25 +56,22 @@ struct Consumer {
         for (int r = 0; r < 2; ++r) m[r] = -kInfinity, l[r] = 0.f;
     }
 
-    // Masked scores of an owned tile, complete on return: four chains of two or three boxes (softmax.cuh).
+    // Masked scores of an owned tile, complete on return: a chain a box (softmax.cuh).
     __device__ void scores(const WorkItem& w, int tile, Buffer b, float (&s)[kTileTokens / 2]) {
         float part[kTileTokens / 2];
 #pragma unroll
         for (int c = 0; c < kBoxes; ++c) {
-            const bool starts = c % 2 == 0 && c < kBoxes - 1, ends = c % 2 == 1 && c < kBoxes - 2 || c == kBoxes - 1;
             if (kLoads) mbarrier_wait(&smem.ring.full[b.slot + c], b.phase);
             wgmma_fence();
             const u64 q = descriptor_k_major(smem.q[c]), k = descriptor_k_major(box(b, c));
 #pragma unroll
             for (int step = 0; step < kStepsPerBox; ++step)
-                wgmma_ss<kTileTokens, 0, 0>(part, q + step * kAdvanceAlongRow, k + step * kAdvanceAlongRow,
-                                            !starts || step > 0);
-            if (!ends) continue;
+                wgmma_ss<kTileTokens, 0, 0>(part, q + step * kAdvanceAlongRow, k + step * kAdvanceAlongRow, step > 0);
             wgmma_commit();
             wgmma_wait<0>();
             wgmma_fence_operands(part);
 #pragma unroll
-            for (int i = 0; i < kTileTokens / 2; ++i) s[i] = c == 1 ? part[i] : s[i] + part[i];
+            for (int i = 0; i < kTileTokens / 2; ++i) s[i] = c == 0 ? part[i] : s[i] + part[i];
         }
         if (kSoftmax && (tile + 1) * kTileTokens > w.kv_len - (p.causal ? p.s_q - 1 : 0)) mask(w, tile, s);
     }

@@ -5,8 +5,8 @@
 // after a sequence's first tile the rescaling almost never happens.
 //
 // Scores are summed in short chains. The tensor core truncates when it adds to its accumulator: over the 36 steps of a
-// 576-long dot product that takes about 8e-7 of a score away (an LSE of 47 was off by 4e-5). So a chain ends after a few
-// boxes and the chains are added in fp32; what truncation takes on average then is given back through the scale (decode.py).
+// 576-long dot product that takes about 8e-7 of a score away (an LSE of 47 was off by 4e-5). So a chain ends with its box
+// and the nine are added in fp32; what truncation still takes on average is given back through the scale (decode.py).
 #pragma once
 #include "layout.cuh"
 
