@@ -3,7 +3,7 @@
 //   S = Q K^T  (64 x 64 tokens)        O = P V  (64 x 512, each consumer warpgroup 64 x 256)
 //
 // Grid: one persistent CTA an SM; each walks its share of the batch (schedule.cuh). KV streams through two 72 KB tile
-// buffers (a ring of 18 boxes). Warpgroup 0 leads: it owns the even tiles of an item, warpgroup 1 the odd ones. The
+// buffers. Warpgroup 0 leads: it owns the even tiles of an item, warpgroup 1 the odd ones. The
 // owner computes S and P of its tile, keeps P in registers for its own half of O and leaves a copy for the other in
 // the tile's rotary box, which nobody needs after QK. So one warpgroup's softmax runs under the other's WGMMA.
 // Warps: 0-3 and 4-7 consume (232 registers), 8 produces (40), 9-11 idle.
@@ -15,12 +15,11 @@
 
 constexpr int kRows = MLA_ROWS;
 static_assert(kRows == 64, "one WGMMA's rows");
-constexpr int kRing = 2 * kBoxes;
 constexpr int kHalfBoxes = kBoxesV / 2;             // boxes of V that a warpgroup multiplies
 constexpr int kHalfColumns = kHalfBoxes * kBoxColumns;
 
 struct SharedMemory {
-    alignas(1024) BoxRing<kRing> ring;
+    alignas(1024) BoxRing<kBoxes> ring[2];  // a ring is a tile buffer
     alignas(1024) u16 q[kBoxes][kRows * kBoxColumns];
     u64 p_ready[2];             // P of the lead's (0), the trail's (1) tile lies in its rotary box
     float reference[2][kRows];  // the rows' reference after that tile,
@@ -41,13 +40,10 @@ struct Consumer {
     float m[2], l[2];
     u32 p_phase = 0;  // of the other's p_ready
 
-    // A tile in flight: its first ring slot and the parity of its boxes' `full`.
-    struct Buffer {
-        int slot;
-        u32 phase;
-    };
-
-    __device__ u16* box(Buffer b, int c) { return smem.ring.box[b.slot + c]; }
+    // A tile in flight is known by its ordinal in the CTA's share: that gives its ring and the parity of its boxes.
+    __device__ BoxRing<kBoxes>& ring_of(u32 ordinal) { return smem.ring[ordinal & 1]; }
+    __device__ static u32 phase_of(u32 ordinal) { return ordinal >> 1 & 1; }
+    __device__ u16* box(u32 ordinal, int c) { return ring_of(ordinal).box[c]; }
 
     __device__ void reset() {
 #pragma unroll
@@ -57,13 +53,13 @@ struct Consumer {
     }
 
     // Masked scores of an owned tile, complete on return: a chain a box (softmax.cuh).
-    __device__ void scores(const WorkItem& w, int tile, Buffer b, float (&s)[kTileTokens / 2]) {
+    __device__ void scores(const WorkItem& w, int tile, u32 ordinal, float (&s)[kTileTokens / 2]) {
         float part[kTileTokens / 2];
 #pragma unroll
         for (int c = 0; c < kBoxes; ++c) {
-            if (kLoads) mbarrier_wait(&smem.ring.full[b.slot + c], b.phase);
+            if (kLoads) mbarrier_wait(&ring_of(ordinal).full[c], phase_of(ordinal));
             wgmma_fence();
-            const u64 q = descriptor_k_major(smem.q[c]), k = descriptor_k_major(box(b, c));
+            const u64 q = descriptor_k_major(smem.q[c]), k = descriptor_k_major(box(ordinal, c));
 #pragma unroll
             for (int step = 0; step < kStepsPerBox; ++step)
                 wgmma_ss<kTileTokens, 0, 0>(part, q + step * kAdvanceAlongRow, k + step * kAdvanceAlongRow, step > 0);
@@ -87,8 +83,8 @@ struct Consumer {
         }
     }
 
-    __device__ void issue_pv(Buffer b, const u32 (&probabilities)[4][4]) {
-        const u64 v = descriptor_token_major(box(b, kWg * kHalfBoxes));
+    __device__ void issue_pv(u32 ordinal, const u32 (&probabilities)[4][4]) {
+        const u64 v = descriptor_token_major(box(ordinal, kWg * kHalfBoxes));
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < 4; ++step) wgmma_rs_n256<1>(o, probabilities[step], v + step * kAdvanceDownRows, true);
@@ -96,8 +92,8 @@ struct Consumer {
     }
 
     // The same with P from the other warpgroup's copy.
-    __device__ void issue_pv_shared(Buffer b) {
-        const u64 v = descriptor_token_major(box(b, kWg * kHalfBoxes)), copy = descriptor_k_major(box(b, kRotaryBox));
+    __device__ void issue_pv_shared(u32 ordinal) {
+        const u64 v = descriptor_token_major(box(ordinal, kWg * kHalfBoxes)), copy = descriptor_k_major(box(ordinal, kRotaryBox));
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < 4; ++step)
@@ -111,10 +107,11 @@ struct Consumer {
     }
 
     // This warpgroup's half of V; the reader of P's copy also gives back the rotary box.
-    __device__ void release(Buffer b, bool with_copy) {
+    __device__ void release(u32 ordinal, bool with_copy) {
         if (!kLoads) return;
-        if (lane < kHalfBoxes) mbarrier_arrive(&smem.ring.empty[b.slot + kWg * kHalfBoxes + lane]);
-        if (with_copy && lane == kHalfBoxes) mbarrier_arrive(&smem.ring.empty[b.slot + kRotaryBox]);
+        const int lane = launder(this->lane);
+        if (lane < kHalfBoxes) mbarrier_arrive(&ring_of(ordinal).empty[kWg * kHalfBoxes + lane]);
+        if (with_copy && lane == kHalfBoxes) mbarrier_arrive(&ring_of(ordinal).empty[kRotaryBox]);
     }
 
     __device__ void rescale(const float (&factor)[2]) {
@@ -154,21 +151,21 @@ struct Consumer {
     }
 
     // S of an owned tile -> P in registers and its copy in the tile's rotary box.
-    __device__ void publish(const WorkItem& w, int tile, Buffer b, const float (&s)[kTileTokens / 2], u32 (&probabilities)[4][4]) {
+    __device__ void publish(const WorkItem& w, int tile, u32 ordinal, const float (&s)[kTileTokens / 2], u32 (&probabilities)[4][4]) {
 #pragma unroll
         for (int step = 0; step < 4; ++step)
 #pragma unroll
             for (int i = 0; i < 4; ++i) probabilities[step][i] = pack_elements(s[step * 8 + i * 2], s[step * 8 + i * 2 + 1]);
         if constexpr (kSoftmax) {
             const int lane = launder(this->lane);
-            const u32 copy = smem_address(box(b, kRotaryBox));
+            const u32 copy = smem_address(box(ordinal, kRotaryBox));
             const int copy_row = warp * 16 + (lane / 8 & 1) * 8 + (lane & 7);
 #pragma unroll
             for (int step = 0; step < 4; ++step)
                 stmatrix_x4(copy + swizzled_offset(copy_row, step * 2 + lane / 16), probabilities[step][0],
                             probabilities[step][1], probabilities[step][2], probabilities[step][3]);
             const int valid = w.kv_len - tile * kTileTokens;
-            if (valid < kTileTokens) zero_token_rows([&](int c) { return box(b, c); }, valid, launder(thread));
+            if (valid < kTileTokens) zero_token_rows([&](int c) { return box(ordinal, c); }, valid, launder(thread));
             fence_proxy_async();
             if (valid < kTileTokens) named_barrier_sync(kBarrierWarpgroup + kWg, kWarpgroup);
         }
@@ -197,8 +194,8 @@ struct Consumer {
         }
     }
 
-    // Tiles `tile` (lead's) and `tile + 1` (trail's, if `pair`), in buffers `even` and `odd`.
-    __device__ void lead(const WorkItem& w, int tile, Buffer even, Buffer odd, bool pair) {
+    // Tiles `tile` (lead's) and `tile + 1` (trail's, if `pair`), of ordinals `even` and `even + 1`.
+    __device__ void lead(const WorkItem& w, int tile, u32 even, bool pair) {
         float s[kTileTokens / 2], factor[2];
         u32 probabilities[4][4];
         scores(w, tile, even, s);
@@ -210,16 +207,16 @@ struct Consumer {
         release(even, false);
         if (pair) {
             take_copy();
-            issue_pv_shared(odd);
+            issue_pv_shared(even + 1);
             wait_all();
-            release(odd, true);
+            release(even + 1, true);
         }
     }
 
-    __device__ void trail(const WorkItem& w, int tile, Buffer even, Buffer odd, bool pair) {
+    __device__ void trail(const WorkItem& w, int tile, u32 even, bool pair) {
         float s[kTileTokens / 2], factor[2];
         u32 probabilities[4][4];
-        if (pair) scores(w, tile + 1, odd, s);
+        if (pair) scores(w, tile + 1, even + 1, s);
         take_copy();
         issue_pv_shared(even);  // runs under the softmax below
         if (!pair) {
@@ -228,21 +225,21 @@ struct Consumer {
             return;
         }
         const bool moved = kSoftmax && softmax(s, factor);
-        publish(w, tile + 1, odd, s, probabilities);
+        publish(w, tile + 1, even + 1, s, probabilities);
         wait_all();
         release(even, true);
         if (moved) rescale(factor);
-        issue_pv(odd, probabilities);
+        issue_pv(even + 1, probabilities);
         wait_all();
-        release(odd, false);
+        release(even + 1, false);
     }
 
     // Loads alone: wait for a tile's boxes, give them back.
-    __device__ void drain(Buffer b) {
+    __device__ void drain(u32 ordinal) {
         for (int c = 0; c < kBoxes; ++c) {
-            mbarrier_wait(&smem.ring.full[b.slot + c], b.phase);
+            mbarrier_wait(&ring_of(ordinal).full[c], phase_of(ordinal));
             __syncwarp();
-            if (lane == 0 && c / kHalfBoxes % 2 == kWg) mbarrier_arrive(&smem.ring.empty[b.slot + c]);
+            if (lane == 0 && c / kHalfBoxes % 2 == kWg) mbarrier_arrive(&ring_of(ordinal).empty[c]);
         }
     }
 
@@ -317,16 +314,14 @@ struct Consumer {
             reset();
             for (int tile = w.begin; tile < w.end; tile += 2) {
                 const bool pair = tile + 1 < w.end;
-                const u32 ordinal = w.tiles_before + tile - w.begin;
-                const Buffer even = {static_cast<int>(ordinal & 1) * kBoxes, ordinal >> 1 & 1};
-                const Buffer odd = {static_cast<int>(ordinal + 1 & 1) * kBoxes, ordinal + 1 >> 1 & 1};
+                const u32 even = launder(w.tiles_before + tile - w.begin);
                 if constexpr (!kMath) {
                     drain(even);
-                    if (pair) drain(odd);
+                    if (pair) drain(even + 1);
                 } else if constexpr (kWg == 0) {
-                    lead(w, tile, even, odd, pair);
+                    lead(w, tile, even, pair);
                 } else {
-                    trail(w, tile, even, odd, pair);
+                    trail(w, tile, even, pair);
                 }
             }
             join(w.invalid);
@@ -340,7 +335,7 @@ struct Consumer {
             index = smem.queue.release(w);
         }
         for (int i = 0; i < smem.pending.count; ++i)
-            merge_slice<kRows>(p, smem.pending.item[i], *reinterpret_cast<MergeMemory<kRows>*>(smem.ring.box[0]));
+            merge_slice<kRows>(p, smem.pending.item[i], *reinterpret_cast<MergeMemory<kRows>*>(smem.ring[0].box[0]));
     }
 };
 
@@ -348,7 +343,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) mla_decode(const __gri
     extern __shared__ __align__(1024) char shared[];
     SharedMemory& smem = *reinterpret_cast<SharedMemory*>(shared);
     if (threadIdx.x == 0) {
-        smem.ring.init_barriers();
+        smem.ring[0].init_barriers();
+        smem.ring[1].init_barriers();
         smem.queue.init_barriers();
         smem.pending.count = 0;
         mbarrier_init(&smem.p_ready[0], kWarpgroup);

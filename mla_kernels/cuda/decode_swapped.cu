@@ -2,11 +2,11 @@
 //
 //   S^T = K Q^T   (64 tokens x kRows)        O^T = V^T P^T   (512 x kRows)
 //
-// Grid: one persistent CTA an SM; each walks its share of the batch (schedule.cuh). KV streams through a ring of
-// 8 KB boxes. Consumer warpgroup w takes every other 64-token tile of an item, whole: QK, softmax and PV with its own
-// 512 x kRows accumulators, so no P crosses warpgroups; the two halves are joined at the end of the item.
+// Grid: one persistent CTA an SM; each walks its share of the batch (schedule.cuh). KV streams through two rings of
+// 8 KB boxes. Consumer warpgroup w takes every other 64-token tile, whole: QK, softmax and PV with its own
+// 512 x kRows accumulators, so no P crosses warpgroups; the two halves are joined at the end of an item.
 // Warps: 0-3 and 4-7 consume (232 registers), 8 produces (40), 9-11 idle.
-// Shared memory: kRing boxes, Q (kRows x 1152 B), P (2 x kRows x 128 B).
+// Shared memory: 2 x kRing boxes (11 to 13), Q (kRows x 1152 B), P (2 x kRows x 128 B).
 #include "merge.cuh"
 #include "producer.cuh"
 #include "query.cuh"
@@ -14,12 +14,13 @@
 
 constexpr int kRows = MLA_ROWS;
 static_assert(kRows == 8 || kRows == 16 || kRows == 32, "accumulators of 512 x kRows must fit a warpgroup's registers");
+constexpr int kParts = kRows == 32 ? 1 : 2;  // chains of QK in flight: what the registers allow
 constexpr int kColumns = kRows / 4;  // query rows (columns of S^T) a thread holds
-constexpr int kReservedBytes = kRows * (kHeadDim * 2 + 2 * kTileTokens * 2 + 2 * 4 * 4 + 4 * 4) + 1024;
-constexpr int kRing = (kMaxSharedBytes - kReservedBytes) / (kBoxBytes + 16);
+constexpr int kReservedBytes = kRows * (kHeadDim * 2 + 2 * kTileTokens * 2 + 2 * 4 * 4 + 4 * 4) + 3 * 1024;
+constexpr int kRing = (kMaxSharedBytes - kReservedBytes) / (2 * (kBoxBytes + 16));
 
 struct SharedMemory {
-    alignas(1024) BoxRing<kRing> ring;
+    alignas(1024) BoxRing<kRing> ring[2];  // warpgroup w consumes ring w
     alignas(1024) u16 q[kBoxes][kRows * kBoxColumns];
     alignas(1024) u16 p[2][kRows * kTileTokens];
     float by_warp[2][4][kRows];  // a warp's column maxima, or its column sums
@@ -51,32 +52,33 @@ struct Consumer {
     }
 
     __device__ void release(int slot) {
-        if (kLoads && lane == 0) mbarrier_arrive(&smem.ring.empty[slot]);
+        if (kLoads && lane == 0) mbarrier_arrive(&smem.ring[kWg].empty[slot]);
     }
 
-    __device__ void tile(const WorkItem& w, int tile, RingCursor<kRing> cursor) {
-        const auto slot_of = [first = cursor.slot](int c) { return first + c < kRing ? first + c : first + c - kRing; };
-        float s[kRows / 2], part[2][kRows / 2];
+    __device__ void tile(const WorkItem& w, int tile, RingPlace first) {
+        const auto slot_of = [slot = first.slot](int c) { return slot + c < kRing ? slot + c : slot + c - kRing; };
+        float s[kRows / 2], part[kParts][kRows / 2];
 #pragma unroll
-        for (int c = 0; c <= kBoxes; ++c) {  // a chain a box, summed while the next one runs (softmax.cuh)
+        for (int c = 0; c < kBoxes + kParts - 1; ++c) {  // a chain a box, summed while the next one runs (softmax.cuh)
             if (c < kBoxes) {
-                if (kLoads) mbarrier_wait(&smem.ring.full[slot_of(c)], cursor.phase ^ (slot_of(c) < cursor.slot));
+                if (kLoads) mbarrier_wait(&smem.ring[kWg].full[slot_of(c)], first.phase ^ (slot_of(c) < first.slot));
                 if constexpr (kMath) {
                     wgmma_fence();
-                    const u64 k = descriptor_k_major(smem.ring.box[slot_of(c)]), q = descriptor_k_major(smem.q[c]);
+                    const u64 k = descriptor_k_major(smem.ring[kWg].box[slot_of(c)]), q = descriptor_k_major(smem.q[c]);
 #pragma unroll
                     for (int step = 0; step < kStepsPerBox; ++step)
-                        wgmma_ss<kRows, 0, 0>(part[c & 1], k + step * kAdvanceAlongRow, q + step * kAdvanceAlongRow, step > 0);
+                        wgmma_ss<kRows, 0, 0>(part[c % kParts], k + step * kAdvanceAlongRow, q + step * kAdvanceAlongRow,
+                                              step > 0);
                     wgmma_commit();
                 }
             }
-            if (!kMath || c == 0) continue;
-            if (c < kBoxes) wgmma_wait<1>();
+            const int done = c - (kParts - 1);
+            if (!kMath || done < 0) continue;
+            if (c < kBoxes) wgmma_wait<kParts - 1>();
             else wgmma_wait<0>();
-            float(&done)[kRows / 2] = part[(c - 1) & 1];
-            wgmma_fence_operands(done);
+            wgmma_fence_operands(part[done % kParts]);
 #pragma unroll
-            for (int i = 0; i < kRows / 2; ++i) s[i] = c == 1 ? done[i] : s[i] + done[i];
+            for (int i = 0; i < kRows / 2; ++i) s[i] = done == 0 ? part[0][i] : s[i] + part[done % kParts][i];
         }
         if constexpr (!kMath) {
             __syncwarp();
@@ -88,7 +90,7 @@ struct Consumer {
         if constexpr (kSoftmax) {
             if ((tile + 1) * kTileTokens > w.kv_len - (p.causal ? p.s_q - 1 : 0)) mask(w, tile, s);
             if ((tile + 1) * kTileTokens > w.kv_len)
-                zero_token_rows([&](int c) { return smem.ring.box[slot_of(c)]; }, w.kv_len - tile * kTileTokens, launder(thread));
+                zero_token_rows([&](int c) { return smem.ring[kWg].box[slot_of(c)]; }, w.kv_len - tile * kTileTokens, launder(thread));
             softmax(s);
         }
         store_p(s);
@@ -99,7 +101,7 @@ struct Consumer {
         wgmma_fence();
 #pragma unroll
         for (int c = 0; c < kBoxesV; ++c) {
-            const u64 v = descriptor_token_major(smem.ring.box[slot_of(c)]);
+            const u64 v = descriptor_token_major(smem.ring[kWg].box[slot_of(c)]);
 #pragma unroll
             for (int step = 0; step < kStepsPerBox; ++step)
                 wgmma_ss<kRows, 1, 0>(o[c], v + step * kAdvanceDownRows, probabilities + step * kAdvanceAlongRow, true);
@@ -294,7 +296,6 @@ struct Consumer {
     }
 
     __device__ void run() {
-        RingCursor<kRing> cursor;
         for (u32 index = 0;;) {
             const WorkItem& w = smem.queue.wait(index);
             if (w.request < 0) break;
@@ -306,8 +307,8 @@ struct Consumer {
             load_query<kRows>(p, w, smem.q);
             reset();
             for (int i = w.begin; i < w.end; ++i) {
-                if (((i - w.begin) & 1) == kWg) tile(w, i, cursor);
-                cursor.advance(kBoxes);
+                const u32 ordinal = w.tiles_before + i - w.begin;
+                if ((ordinal & 1) == kWg) tile(w, i, ring_place<kRing>(ordinal, 0));
             }
             join();
             if (w.invalid)
@@ -323,7 +324,7 @@ struct Consumer {
             index = smem.queue.release(w);
         }
         for (int i = 0; i < smem.pending.count; ++i)
-            merge_slice<kRows>(p, smem.pending.item[i], *reinterpret_cast<MergeMemory<kRows>*>(smem.ring.box[0]));
+            merge_slice<kRows>(p, smem.pending.item[i], *reinterpret_cast<MergeMemory<kRows>*>(smem.ring[0].box[0]));
     }
 };
 
@@ -331,7 +332,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) mla_decode(const __gri
     extern __shared__ __align__(1024) char shared[];
     SharedMemory& smem = *reinterpret_cast<SharedMemory*>(shared);
     if (threadIdx.x == 0) {
-        smem.ring.init_barriers();
+        smem.ring[0].init_barriers();
+        smem.ring[1].init_barriers();
         smem.queue.init_barriers();
         smem.pending.count = 0;
         fence_barrier_init();

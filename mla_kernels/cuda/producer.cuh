@@ -15,6 +15,9 @@ constexpr bool kLoads = kWork != Work::kMma;
 constexpr bool kMath = kWork != Work::kStream;
 constexpr bool kSoftmax = kWork == Work::kDecode;
 
+// Two rings, one for the tiles of even ordinal in a CTA's share, one for the odd: whoever takes a ring's tiles takes all
+// of them in order. (With one ring shared by two warpgroups, one could wait for a slot's next use before its last use
+// had landed, and the parity of an mbarrier does not tell these apart.)
 template <int kSlots>
 struct BoxRing {
     u16 box[kSlots][kBoxElements];
@@ -29,19 +32,18 @@ struct BoxRing {
     }
 };
 
-template <int kSlots>
-struct RingCursor {
-    int slot = 0;
-    u32 phase = 0;
-
-    __device__ void advance(int boxes) {
-        slot += boxes;
-        if (slot >= kSlots) {
-            slot -= kSlots;
-            phase ^= 1;
-        }
-    }
+// Slot of a ring and the parity of its use.
+struct RingPlace {
+    int slot;
+    u32 phase;
 };
+
+// Place of box c of the tile of this ordinal in its ring.
+template <int kSlots>
+__device__ __forceinline__ RingPlace ring_place(u32 ordinal, int c) {
+    const u32 box = (ordinal >> 1) * kBoxes + c;
+    return {static_cast<int>(box % kSlots), box / kSlots & 1};
+}
 
 // Work items on their way from the producer to the consumers. `request` < 0 ends the share.
 struct ItemQueue {
@@ -77,9 +79,8 @@ struct ItemQueue {
 // Run by one warp: walks the CTA's share, hands its items to the consumers and streams their boxes.
 // A page id outside the pool is never read: TMA fills the box with zeros, and `invalid` makes NaN of the result.
 template <int kSlots>
-__device__ __forceinline__ void produce(const DecodeParams& p, BoxRing<kSlots>& ring, ItemQueue& queue) {
+__device__ __forceinline__ void produce(const DecodeParams& p, BoxRing<kSlots> (&rings)[2], ItemQueue& queue) {
     const int lane = threadIdx.x & 31;
-    RingCursor<kSlots> cursor;
     WorkRange range(p);
     WorkItem w;
     WorkItem* pushed = nullptr;
@@ -94,12 +95,14 @@ __device__ __forceinline__ void produce(const DecodeParams& p, BoxRing<kSlots>& 
             const int page = __shfl_sync(0xffffffffu, lane_page, ahead);
             if (lane == 0) {
                 if (page < 0 || page >= p.num_pages) pushed->invalid = true;  // seen with the boxes' barriers
+                const u32 ordinal = w.tiles_before + tile - w.begin;
+                BoxRing<kSlots>& ring = rings[ordinal & 1];
 #pragma unroll 1
                 for (int c = 0; c < kBoxes; ++c) {
-                    mbarrier_wait(&ring.empty[cursor.slot], cursor.phase ^ 1);
-                    mbarrier_arrive_expect_tx(&ring.full[cursor.slot], kBoxBytes);
-                    tma_load_3d(ring.box[cursor.slot], &p.kv_map, &ring.full[cursor.slot], c * kBoxColumns, 0, page);
-                    cursor.advance(1);
+                    const auto [slot, phase] = ring_place<kSlots>(ordinal, c);
+                    mbarrier_wait(&ring.empty[slot], phase ^ 1);
+                    mbarrier_arrive_expect_tx(&ring.full[slot], kBoxBytes);
+                    tma_load_3d(ring.box[slot], &p.kv_map, &ring.full[slot], c * kBoxColumns, 0, page);
                 }
             }
             __syncwarp();
