@@ -19,8 +19,8 @@ _THREADS = 384
 _SWAPPED_ROWS = (8, 16, 32)  # query rows a CTA of decode_swapped.cu
 _ROWS = 64  # and of decode_rows.cu
 
-# Tensor cores truncate: a score summed in nine chains comes out this much of itself too small on average, in a
-# model that also gives the LSE errors seen on one H200 (cuda/softmax.cuh).
+# Tensor cores truncate: a score summed in nine chains comes out this much of itself too small on average, in
+# a model that also gives the LSE errors seen on one H200 (cuda/softmax.cuh).
 _TRUNCATION = 1.0e-7
 
 _WORK = {"decode": 0, "stream": 1, "mma": 2, "skeleton": 3}  # enum class Work of cuda/producer.cuh
