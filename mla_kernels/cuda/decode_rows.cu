@@ -19,7 +19,7 @@ constexpr int kHalfBoxes = kBoxesV / 2;             // boxes of V that a warpgro
 constexpr int kHalfColumns = kHalfBoxes * kBoxColumns;
 
 struct SharedMemory {
-    alignas(1024) BoxRing<kBoxes> ring[2];  // a ring is a tile buffer
+    BoxRing<kBoxes> ring[2];  // a ring is a tile buffer
     alignas(1024) u16 q[kBoxes][kRows * kBoxColumns];
     u64 p_ready[2];             // P of the lead's (0), the trail's (1) tile lies in its rotary box
     float reference[2][kRows];  // the rows' reference after that tile,
@@ -29,6 +29,7 @@ struct SharedMemory {
     PendingMerges pending;
 };
 static_assert(sizeof(SharedMemory) <= kMaxSharedBytes, "shared memory is 227 KB");
+static_assert(sizeof(BoxRing<kBoxes>) % 1024 == 0, "the second ring must start on a swizzle atom too");
 
 template <int kWg>
 struct Consumer {
@@ -41,7 +42,7 @@ struct Consumer {
     u32 p_phase = 0;  // of the other's p_ready
 
     // A tile in flight is known by its ordinal in the CTA's share: that gives its ring and the parity of its boxes.
-    __device__ BoxRing<kBoxes>& ring_of(u32 ordinal) { return smem.ring[ordinal & 1]; }
+    __device__ BoxRing<kBoxes>& ring_of(u32 ordinal) { return smem.ring[launder(ordinal & 1)]; }
     __device__ static u32 phase_of(u32 ordinal) { return ordinal >> 1 & 1; }
     __device__ u16* box(u32 ordinal, int c) { return ring_of(ordinal).box[c]; }
 

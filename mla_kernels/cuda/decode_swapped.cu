@@ -20,7 +20,7 @@ constexpr int kReservedBytes = kRows * (kHeadDim * 2 + 2 * kTileTokens * 2 + 2 *
 constexpr int kRing = (kMaxSharedBytes - kReservedBytes) / (2 * (kBoxBytes + 16));
 
 struct SharedMemory {
-    alignas(1024) BoxRing<kRing> ring[2];  // warpgroup w consumes ring w
+    BoxRing<kRing> ring[2];  // warpgroup w consumes ring w
     alignas(1024) u16 q[kBoxes][kRows * kBoxColumns];
     alignas(1024) u16 p[2][kRows * kTileTokens];
     float by_warp[2][4][kRows];  // a warp's column maxima, or its column sums
@@ -29,6 +29,7 @@ struct SharedMemory {
     PendingMerges pending;
 };
 static_assert(sizeof(SharedMemory) <= kMaxSharedBytes, "the ring is too deep");
+static_assert(sizeof(BoxRing<kRing>) % 1024 == 0, "the second ring must start on a swizzle atom too");
 
 // Query row (column of S^T) of accumulator element i: two neighbours in each group of eight.
 __device__ __forceinline__ constexpr int column_slot(int i) { return (i / 4) * 2 + (i & 1); }

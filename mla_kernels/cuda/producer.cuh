@@ -19,7 +19,7 @@ constexpr bool kSoftmax = kWork == Work::kDecode;
 // of them in order. (With one ring shared by two warpgroups, one could wait for a slot's next use before its last use
 // had landed, and the parity of an mbarrier does not tell these apart.)
 template <int kSlots>
-struct BoxRing {
+struct alignas(1024) BoxRing {
     u16 box[kSlots][kBoxElements];
     u64 full[kSlots];   // the box has landed
     u64 empty[kSlots];  // four warps have read it for the last time

@@ -21,24 +21,22 @@ BATCH_OF_LENGTH = {
     16384: 64,
     65536: 32,
 }  # 0.3 to 2.1 million tokens, up to 2.4 GB of KV
-LONGEST = 65536
-LONGEST_HEADS = (16, 64, 128)  # one query token there: the rest is a minute of GPU time that says nothing new
 LIVE_LENGTHS = (4096, 16384)
 SUSTAINED_LENGTH = 16384
 SUSTAINED = ((16, 1), (32, 1), (64, 1), (128, 1), (128, 2))  # (h_q, s_q): 16 to 256 rows
-SUSTAINED_BLOCK_ROWS = (64, 128, 256)
+SUSTAINED_BLOCK_ROWS = {"full": (16, 64, 128, 256), "live": (64, 128, 256)}
 
 
 def steps(scope: str) -> Iterator[Step]:
     """``scope`` "full", or "live" for a run beside a notebook."""
     lengths, tokens = (BATCH_OF_LENGTH, (1, 2, 4)) if scope == "full" else (LIVE_LENGTHS, (1, 2))
     for length in lengths:
-        for s_q in tokens if length < LONGEST else (1,):
-            for h_q in HEADS if length < LONGEST else LONGEST_HEADS:
+        for s_q in tokens:
+            for h_q in HEADS:
                 workload = uniform(BATCH_OF_LENGTH[length], length, h_q=h_q, s_q=s_q)
                 sustain = ()
                 if length == SUSTAINED_LENGTH and (h_q, s_q) in SUSTAINED:
-                    sustain = (DECODE, *(BLOCKS if h_q * s_q in SUSTAINED_BLOCK_ROWS else ()))
+                    sustain = (DECODE, *(BLOCKS if h_q * s_q in SUSTAINED_BLOCK_ROWS[scope] else ()))
                 yield Step(workload, (DECODE, *BLOCKS), sustain)
 
 
