@@ -53,6 +53,17 @@ def test_load_all_reads_one_gpu(data, roofline):
     assert load_all("h100") == []
 
 
+def test_a_notebook_may_go_on_without_what_is_not_recorded_yet(data, roofline, capsys):
+    assert loading.load_recorded(["roofline", "bandwidth"], "replay") == [roofline]
+    assert "bandwidth: no record of h200 yet" in capsys.readouterr().out
+
+
+def test_but_not_with_a_record_that_cannot_be_used(data):
+    (data / "h200" / "bandwidth.json").write_text("{")
+    with pytest.raises(RecordError, match=r"bandwidth\.json"):
+        loading.load_recorded(["roofline", "bandwidth"], "replay")
+
+
 def stale(path):
     kernels = json.loads(path.read_text())["source"]["kernels"]
     kernels[1]["digest"] = "0" * 64
