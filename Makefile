@@ -66,6 +66,11 @@ lab: $(READY) ## open the notebooks in JupyterLab
 record: $(READY) ## measure again into data/ (Hopper GPU)
 	@$(PY) -m mla_kernels.measure record $(ARGS)
 
+.PHONY: refresh
+refresh: $(READY) ## after make record: notebooks and README's table follow the records
+	@$(PY) -m mla_kernels.study refresh $(ARGS)
+	@$(PY) -m mla_kernels.study findings --update README.md
+
 .PHONY: test-gpu
 test-gpu: $(READY) ## verify the kernels against fp64 and record the outcome (Hopper GPU)
 	@gpu=$$($(PY) -c 'import torch; print(torch.cuda.get_device_name())' 2>/dev/null) || { \

@@ -7,6 +7,7 @@ import sys
 COMMANDS = {
     "reproduce": "run every notebook and write the report",
     "findings": "derive every finding from the records",
+    "refresh": "run the committed notebooks again in replay, in place",
 }
 
 
