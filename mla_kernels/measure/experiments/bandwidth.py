@@ -36,6 +36,7 @@ def steps(scope: str) -> Iterator[Step]:
     for b in (16, 1):
         for length in LENGTHS[scope]:
             yield Step(uniform(b, length, h_q=16), STREAMED)
+    yield Step(uniform(1, 4096, h_q=128), STREAMED)  # one sequence, all heads: latency
     for h_q in HEADS[scope]:
         yield Step(uniform(128, 4096, h_q=h_q), STREAMED)
     for b in L2_BATCHES:
