@@ -68,7 +68,7 @@ class Scheduler:
 @pytest.fixture(scope="module", params=sorted(set(_ITEM_UNITS.values())), ids=lambda units: f"item-{units}")
 def schedule(request, tmp_path_factory):
     binary = tmp_path_factory.mktemp("schedule") / "schedule"
-    source = Path(__file__).with_name("schedule_on_host.cpp")
+    source = Path(__file__).parent / "on_host" / "schedule.cpp"
     macros = ("-DMLA_BF16=1", "-DMLA_PAGE_SIZE=64", f"-DMLA_ITEM_UNITS={request.param}")
     command = ["g++", "-std=c++17", "-O1", "-w", f"-I{CUDA_DIR}", *macros, source, "-o", binary]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
