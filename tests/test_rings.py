@@ -33,7 +33,7 @@ def test_every_box_reaches_its_consumer(slots: int, tmp_path: Path) -> None:
 
 
 def test_the_fault_of_a_shared_ring_is_seen(tmp_path: Path) -> None:
-    """One ring of 22 slots for both warpgroups was an illegal instruction on the GPU: it must not pass here."""
+    """One ring of 22 slots for both warpgroups was an illegal instruction on the GPU: it must fail here."""
     headers = tmp_path / "cuda"
     shutil.copytree(CUDA_DIR, headers)
     source = Path(shutil.copy(HOST / "rings.cpp", tmp_path))

@@ -1,4 +1,4 @@
-"""The building blocks of the ceilings: what they compute has no meaning, but they must run, for long, and stop."""
+"""The building blocks of the ceilings: what they compute has no meaning, but they must run, long, and stop."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from tests.gpu.cases import paged_case
 @pytest.mark.parametrize("h_q", [8, 16, 24, 32, 64, 128])
 @pytest.mark.parametrize("work", ["stream", "mma", "skeleton"])
 def test_block_leaves_the_card_as_it_was(work, h_q):
-    """Many launches back to back, decode before and after: bitwise the same, so counters and rings are clean."""
+    """Many launches, decode before and after: bitwise the same, so counters and rings are clean."""
     case = paged_case([4096] * 128, 1, h_q, torch.bfloat16)
     before = mla_decode(*case.tensors())
     for _ in range(100):
