@@ -1,4 +1,4 @@
-"""The building blocks of the ceilings: what they compute has no meaning, but they must run, long, and stop."""
+"""The building blocks of the ceilings: their results have no meaning, but they must run, long, and stop."""
 
 import pytest
 import torch
