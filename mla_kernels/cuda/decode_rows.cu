@@ -8,10 +8,7 @@
 // the tile's rotary box, which nobody needs after QK. So one warpgroup's softmax runs under the other's WGMMA.
 // Warps: 0-3 and 4-7 consume (232 registers), 8 produces (40), 9-11 idle.
 // Shared memory: 18 boxes of 8 KB, Q (72 KB).
-#include "merge.cuh"
-#include "producer.cuh"
-#include "query.cuh"
-#include "softmax.cuh"
+#include "persistent.cuh"
 
 constexpr int kRows = MLA_ROWS;
 static_assert(kRows == 64, "one WGMMA's rows");
@@ -27,9 +24,12 @@ struct SharedMemory {
     float sums[2][kRows];
     ItemQueue queue;
     PendingMerges pending;
+
+    __device__ void init_barriers() {
+        mbarrier_init(&p_ready[0], kWarpgroup);
+        mbarrier_init(&p_ready[1], kWarpgroup);
+    }
 };
-static_assert(sizeof(SharedMemory) <= kMaxSharedBytes, "shared memory is 227 KB");
-static_assert(sizeof(BoxRing<kBoxes>) % 1024 == 0, "the second ring must start on a swizzle atom too");
 
 template <int kWg>
 struct Consumer {
@@ -244,8 +244,23 @@ struct Consumer {
         }
     }
 
+    __device__ void tiles(const WorkItem& w) {
+        for (int tile = w.begin; tile < w.end; tile += 2) {
+            const bool pair = tile + 1 < w.end;
+            const u32 even = launder(w.tiles_before + tile - w.begin);
+            if constexpr (!kMath) {
+                drain(even);
+                if (pair) drain(even + 1);
+            } else if constexpr (kWg == 0) {
+                lead(w, tile, even, pair);
+            } else {
+                trail(w, tile, even, pair);
+            }
+        }
+    }
+
     // Row sums over the tile's columns and both warpgroups.
-    __device__ void join(bool fault) {
+    __device__ void join(const WorkItem& w) {
         const int lane = launder(this->lane), row = launder(warp) * 16 + lane / 4;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
@@ -255,7 +270,7 @@ struct Consumer {
         }
         named_barrier_sync(kBarrierConsumers, kConsumers);
 #pragma unroll
-        for (int r = 0; r < 2; ++r) l[r] = fault ? kNan : smem.sums[0][row + r * 8] + smem.sums[1][row + r * 8];
+        for (int r = 0; r < 2; ++r) l[r] = w.invalid ? kNan : smem.sums[0][row + r * 8] + smem.sums[1][row + r * 8];
     }
 
     // This thread's first pair of columns in a part's row; the next ones are 8 columns apart.
@@ -301,66 +316,9 @@ struct Consumer {
             if (kWg == 0 && (lane & 3) == 0) store_lse(p, w.request, first_row + own, absorbed.lse);
         }
     }
-
-    __device__ void run() {
-        for (u32 index = 0;;) {
-            const WorkItem& w = smem.queue.wait(index);
-            if (w.request < 0) break;
-            if (w.tiles == 0) {
-                write_empty<kRows>(p, w);
-                index = smem.queue.release(w);
-                continue;
-            }
-            load_query<kRows>(p, w, smem.q);
-            reset();
-            for (int tile = w.begin; tile < w.end; tile += 2) {
-                const bool pair = tile + 1 < w.end;
-                const u32 even = launder(w.tiles_before + tile - w.begin);
-                if constexpr (!kMath) {
-                    drain(even);
-                    if (pair) drain(even + 1);
-                } else if constexpr (kWg == 0) {
-                    lead(w, tile, even, pair);
-                } else {
-                    trail(w, tile, even, pair);
-                }
-            }
-            join(w.invalid);
-            if (w.parts == 1 || absorbs(p, w)) {
-                if (w.parts > 1) wait_for_parts(p, w);
-                write_out(w, w.parts - 1);
-            } else {
-                write_part(w);
-                announce_part(p, w, smem.pending);
-            }
-            index = smem.queue.release(w);
-        }
-        for (int i = 0; i < smem.pending.count; ++i)
-            merge_slice<kRows>(p, smem.pending.item[i], *reinterpret_cast<MergeMemory<kRows>*>(smem.ring[0].box[0]));
-    }
 };
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1) mla_decode(const __grid_constant__ DecodeParams p) {
     extern __shared__ __align__(1024) char shared[];
-    SharedMemory& smem = *reinterpret_cast<SharedMemory*>(shared);
-    if (threadIdx.x == 0) {
-        smem.ring[0].init_barriers();
-        smem.ring[1].init_barriers();
-        smem.queue.init_barriers();
-        smem.pending.count = 0;
-        mbarrier_init(&smem.p_ready[0], kWarpgroup);
-        mbarrier_init(&smem.p_ready[1], kWarpgroup);
-        fence_barrier_init();
-    }
-    __syncthreads();
-    if (threadIdx.x >= kConsumers) {
-        setmaxnreg_dec<40>();
-        if (threadIdx.x < kConsumers + 32) produce(p, smem.ring, smem.queue);
-    } else if (threadIdx.x < kWarpgroup) {
-        setmaxnreg_inc<232>();
-        Consumer<0>{p, smem}.run();
-    } else {
-        setmaxnreg_inc<232>();
-        Consumer<1>{p, smem}.run();
-    }
+    run_cta<kRows, Consumer>(p, *reinterpret_cast<SharedMemory*>(shared));
 }

@@ -7,10 +7,7 @@
 // 512 x kRows accumulators, so no P crosses warpgroups; the two halves are joined at the end of an item.
 // Warps: 0-3 and 4-7 consume (232 registers), 8 produces (40), 9-11 idle.
 // Shared memory: 2 x kRing boxes (11 to 13), Q (kRows x 1152 B), P (2 x kRows x 128 B).
-#include "merge.cuh"
-#include "producer.cuh"
-#include "query.cuh"
-#include "softmax.cuh"
+#include "persistent.cuh"
 
 constexpr int kRows = MLA_ROWS;
 static_assert(kRows == 8 || kRows == 16 || kRows == 32, "accumulators of 512 x kRows must fit a warpgroup's registers");
@@ -27,9 +24,9 @@ struct SharedMemory {
     float reference[2][kRows];
     ItemQueue queue;
     PendingMerges pending;
+
+    __device__ void init_barriers() {}  // none of its own
 };
-static_assert(sizeof(SharedMemory) <= kMaxSharedBytes, "the ring is too deep");
-static_assert(sizeof(BoxRing<kRing>) % 1024 == 0, "the second ring must start on a swizzle atom too");
 
 // Query row (column of S^T) of accumulator element i: two neighbours in each group of eight.
 __device__ __forceinline__ constexpr int column_slot(int i) { return (i / 4) * 2 + (i & 1); }
@@ -189,9 +186,16 @@ struct Consumer {
         }
     }
 
+    __device__ void tiles(const WorkItem& w) {
+        for (int i = w.begin; i < w.end; ++i) {
+            const u32 ordinal = w.tiles_before + i - w.begin;
+            if ((ordinal & 1) == kWg) tile(w, i, ring_place<kRing>(ordinal, 0));
+        }
+    }
+
     // Joins the two warpgroups' halves: afterwards this one holds the sums of latent columns [256 kWg, 256 kWg + 256)
     // in o[4 kWg ...], and m, l are those of the whole.
-    __device__ void join() {
+    __device__ void join(const WorkItem& w) {
         const int lane = launder(this->lane);
 #pragma unroll
         for (int j = 0; j < kColumns; ++j) {
@@ -214,7 +218,7 @@ struct Consumer {
                 other_sum += smem.by_warp[1 - kWg][i][column];
             }
             const float own_part = own_sum * factor[j], other_part = other_sum * rescale_factor(other, joint);
-            l[j] = kWg == 0 ? own_part + other_part : other_part + own_part;
+            l[j] = w.invalid ? kNan : kWg == 0 ? own_part + other_part : other_part + own_part;
             m[j] = joint;
         }
         constexpr int kPerRound = 2;  // boxes of O a round
@@ -295,59 +299,9 @@ struct Consumer {
             }
         }
     }
-
-    __device__ void run() {
-        for (u32 index = 0;;) {
-            const WorkItem& w = smem.queue.wait(index);
-            if (w.request < 0) break;
-            if (w.tiles == 0) {
-                write_empty<kRows>(p, w);
-                index = smem.queue.release(w);
-                continue;
-            }
-            load_query<kRows>(p, w, smem.q);
-            reset();
-            for (int i = w.begin; i < w.end; ++i) {
-                const u32 ordinal = w.tiles_before + i - w.begin;
-                if ((ordinal & 1) == kWg) tile(w, i, ring_place<kRing>(ordinal, 0));
-            }
-            join();
-            if (w.invalid)
-#pragma unroll
-                for (int j = 0; j < kColumns; ++j) l[j] = kNan;
-            if (w.parts == 1 || absorbs(p, w)) {
-                if (w.parts > 1) wait_for_parts(p, w);
-                write_out(w, w.parts - 1);
-            } else {
-                write_part(w);
-                announce_part(p, w, smem.pending);
-            }
-            index = smem.queue.release(w);
-        }
-        for (int i = 0; i < smem.pending.count; ++i)
-            merge_slice<kRows>(p, smem.pending.item[i], *reinterpret_cast<MergeMemory<kRows>*>(smem.ring[0].box[0]));
-    }
 };
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1) mla_decode(const __grid_constant__ DecodeParams p) {
     extern __shared__ __align__(1024) char shared[];
-    SharedMemory& smem = *reinterpret_cast<SharedMemory*>(shared);
-    if (threadIdx.x == 0) {
-        smem.ring[0].init_barriers();
-        smem.ring[1].init_barriers();
-        smem.queue.init_barriers();
-        smem.pending.count = 0;
-        fence_barrier_init();
-    }
-    __syncthreads();
-    if (threadIdx.x >= kConsumers) {
-        setmaxnreg_dec<40>();
-        if (threadIdx.x < kConsumers + 32) produce(p, smem.ring, smem.queue);
-    } else if (threadIdx.x < kWarpgroup) {
-        setmaxnreg_inc<232>();
-        Consumer<0>{p, smem}.run();
-    } else {
-        setmaxnreg_inc<232>();
-        Consumer<1>{p, smem}.run();
-    }
+    run_cta<kRows, Consumer>(p, *reinterpret_cast<SharedMemory*>(shared));
 }

@@ -25,6 +25,7 @@ struct alignas(1024) BoxRing {
     u64 empty[kSlots];  // four warps have read it for the last time
 
     __device__ void init_barriers() {
+        static_assert(sizeof(BoxRing) % 1024 == 0, "the second ring must start on a swizzle atom too");
         for (int i = 0; i < kSlots; ++i) {
             mbarrier_init(&full[i], 1);
             mbarrier_init(&empty[i], 4);
