@@ -17,7 +17,7 @@ import subprocess
 import sysconfig
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 CUDA_DIR = Path(__file__).parent / "cuda"
@@ -238,8 +238,3 @@ def _run_tool(name: str, *arguments: str) -> str:
     if result.returncode != 0:
         raise CompileError(f"{name} {' '.join(arguments)}: {result.stderr.strip() or result.stdout.strip()}")
     return result.stdout
-
-
-def report_dict(report: ResourceReport) -> dict[str, int]:
-    """The report as plain numbers, for records and tables."""
-    return asdict(report)

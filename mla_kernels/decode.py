@@ -20,10 +20,11 @@ _SWAPPED_ROWS = (8, 16, 32)  # query rows a CTA of decode_swapped.cu
 _ROWS = 64  # and of decode_rows.cu
 
 # Tensor cores truncate: a score summed in nine chains comes out this much of itself too small on average, in
-# a model that also gives the LSE errors seen on one H200 (cuda/softmax.cuh).
+# a model that tests/test_truncation.py runs; see cuda/softmax.cuh.
 _TRUNCATION = 1.0e-7
 
 _WORK = {"decode": 0, "stream": 1, "mma": 2, "skeleton": 3}  # enum class Work of cuda/producer.cuh
+BLOCKS = ("stream", "mma", "skeleton")
 _ITEM_UNITS = {"decode_swapped.cu": 1, "decode_rows.cu": 3}  # fixed cost of an item, in tiles
 
 
@@ -110,21 +111,18 @@ def mla_decode(
             MLA_KERNELS_CHECK=1 also lengths and page ids out of range (this synchronises).
         DeviceUnavailable: the tensors are not on a CUDA device.
     """
-    if torch.compiler.is_compiling():
-        result, lse = torch.ops.mla_kernels.decode(
-            q, kv_cache, block_table, cache_seqlens, softmax_scale, causal
-        )
-        result = result if out is None else out.copy_(result)
-        return (result, lse) if return_lse else result
     check_decode_arguments(q, kv_cache, block_table, cache_seqlens, head_dim_v=head_dim_v, out=out)
     scale = check_softmax_scale(softmax_scale)
-    if not q.is_cuda:
-        raise DeviceUnavailable(f"q is on {q.device}: mla_decode needs a CUDA device; {STILL_WORKS}")
+    if torch.compiler.is_compiling():
+        result, lse = torch.ops.mla_kernels.decode(q, kv_cache, block_table, cache_seqlens, scale, causal)
+        result = result if out is None else out.copy_(result)
+        return (result, lse) if return_lse else result
+    _check_cuda(q)
+    if os.environ.get("MLA_KERNELS_CHECK") == "1":
+        check_device_values(kv_cache, block_table, cache_seqlens)
     if capability(q.device.index) != HOPPER:
         return _decode_portable(q, kv_cache, block_table, cache_seqlens, scale, causal, out, return_lse)
     _check_native(q, kv_cache, out)
-    if os.environ.get("MLA_KERNELS_CHECK") == "1":
-        check_device_values(kv_cache, block_table, cache_seqlens)
     b, s_q, h_q, _ = q.shape
     if out is None:
         out = torch.empty((b, s_q, h_q, HEAD_DIM_V), dtype=q.dtype, device=q.device)
@@ -146,9 +144,10 @@ def decode_block(
     ``work``: "stream", the paged loads without arithmetic; "mma", the WGMMA sequence without loads;
     "skeleton", both without softmax and the exchange of P. Grid, schedule and epilogue are the kernel's own.
     """
-    if work not in _WORK:
-        raise ValueError(f"work is {work!r}, must be one of {', '.join(_WORK)}")
+    if work not in BLOCKS:
+        raise ValueError(f"work is {work!r}, must be one of {', '.join(BLOCKS)}")
     check_decode_arguments(q, kv_cache, block_table, cache_seqlens)
+    _check_cuda(q)
     _check_native(q, kv_cache, None)
     b, s_q, h_q, _ = q.shape
     out = torch.empty((b, s_q, h_q, HEAD_DIM_V), dtype=q.dtype, device=q.device)
@@ -197,16 +196,24 @@ def check_softmax_scale(softmax_scale: float | None) -> float:
     """The scale to use. Raises ValueError unless it is finite and positive."""
     if softmax_scale is None:
         return HEAD_DIM**-0.5
+    if not isinstance(softmax_scale, int | float):
+        raise TypeError(f"softmax_scale is a {type(softmax_scale).__name__}, must be a number or None")
     if not (math.isfinite(softmax_scale) and softmax_scale > 0):
         raise ValueError(f"softmax_scale is {softmax_scale}, must be finite and > 0: fold a sign into q")
     return float(softmax_scale)
 
 
+def _check_cuda(q: torch.Tensor) -> None:
+    if not q.is_cuda:
+        raise DeviceUnavailable(f"q is on {q.device}: mla_decode needs a CUDA device; {STILL_WORKS}")
+
+
 def _check_native(q: torch.Tensor, kv_cache: torch.Tensor, out: torch.Tensor | None) -> None:
     if kv_cache.shape[1] not in PAGE_SIZES:
+        known = " or ".join(map(str, PAGE_SIZES))
         raise ValueError(
-            f"kv_cache has pages of {kv_cache.shape[1]} tokens, must be {PAGE_SIZES}: lay the cache "
-            "out with that page size, or call mla_kernels.portable.mla_decode"
+            f"kv_cache has pages of {kv_cache.shape[1]} tokens, must be {known}: lay the cache out with "
+            "that page size, or call mla_kernels.portable.mla_decode"
         )
     if kv_cache.shape[0] == 0:
         raise ValueError("kv_cache has no pages, must have at least 1: allocate the pool before decoding")
@@ -284,7 +291,7 @@ def merge_partials(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor
     if outs.dim() != 5 or lses.dim() != 4 or lses.shape != (*outs.shape[:2], outs.shape[3], outs.shape[2]):
         raise ValueError(
             f"outs {tuple(outs.shape)} and lses {tuple(lses.shape)} must be (n, b, s_q, h_q, d) and "
-            "(n, b, h_q, s_q)"
+            "(n, b, h_q, s_q): stack the parts along a new first dimension"
         )
     lse = torch.logsumexp(lses.float(), dim=0)
     weights = torch.exp(lses.float() - torch.where(lse == -math.inf, 0.0, lse))

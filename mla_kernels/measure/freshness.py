@@ -1,4 +1,4 @@
-"""The freshness gate: a record describes the CUDA sources of this tree, or it must be measured again."""
+"""The freshness gate: a record describes the kernels of this tree, or it must be measured again."""
 
 from __future__ import annotations
 
@@ -29,6 +29,22 @@ def check_fresh(record: Record, path: str | os.PathLike) -> None:
             raise RecordError(path, field, changed, STALE)
 
 
+def check_options(record: Record, path: str | os.PathLike) -> None:
+    """Raises RecordError where the record's kernels are not those of this tree, compiled the same way."""
+    from mla_kernels.compiler import compile_options
+    from mla_kernels.decode import shipped_configs
+    from mla_kernels.launch import STREAM_READ
+
+    now = {config.name: list(compile_options(config)) for config in (*shipped_configs(), STREAM_READ)}
+    measured = {kernel.name: kernel.options for kernel in record.source.kernels}
+    for name in sorted(now.keys() | measured.keys()):
+        if now.get(name) != measured.get(name):
+            changed = (
+                f"{name} was compiled with {measured.get(name)} when measured and is with {now.get(name)} now"
+            )
+            raise RecordError(path, "source.kernels", changed, STALE)
+
+
 def record_files(data: Path = DATA) -> list[Path]:
     """Every record under ``data``: one folder for each GPU."""
     return sorted(data.glob("*/*.json"))
@@ -39,7 +55,9 @@ def problems(data: Path = DATA) -> list[RecordError]:
     found = []
     for path in record_files(data):
         try:
-            check_fresh(load_record(path), path)
+            record = load_record(path)
+            check_fresh(record, path)
+            check_options(record, path)
         except RecordError as error:
             found.append(error)
     try:

@@ -120,7 +120,8 @@ class Telemetry(_Section):
 class Sustained(_Section):
     """A window of uninterrupted load after the ramp-up: ``calls`` calls in ``seconds``.
 
-    ``energy_j`` is the difference of the card's energy counter over the window, null where there is none.
+    ``energy_j`` is what the card's energy counter gives for the window (its slope between the counter's
+    changes, times ``seconds``), null where there is no counter.
     """
 
     seconds: Annotated[float, Field(gt=0)]

@@ -23,5 +23,5 @@ def test_block_leaves_the_card_as_it_was(work, h_q):
 
 def test_unknown_block_is_named():
     case = paged_case([64], 1, 8, torch.bfloat16)
-    with pytest.raises(ValueError, match="'streams', must be one of decode, stream, mma, skeleton"):
+    with pytest.raises(ValueError, match="'streams', must be one of stream, mma, skeleton"):
         decode_block("streams", *case.tensors())

@@ -2,33 +2,35 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 
-import mla_kernels
 from mla_kernels.measure.__main__ import main
 from mla_kernels.measure.freshness import check_fresh, problems
 from mla_kernels.measure.hardware import HARDWARE, load_hardware
 from mla_kernels.measure.records import RecordError, Source, save_record
 
-CUDA = Path(mla_kernels.__file__).parent / "cuda"
-
 
 @pytest.fixture
 def make_fresh(make_record):
-    """A record whose kernels carry the digests of this tree; ``fields`` change the first of them."""
-    from mla_kernels.compiler import source_digest
+    """A record of the kernels of this tree; ``fields`` change the first of them."""
+    from mla_kernels.compiler import compile_options, source_digest
+    from mla_kernels.decode import shipped_configs
+    from mla_kernels.launch import STREAM_READ
 
     def make(**fields):
         template = make_record().source.kernels[0]
         kernels = [
             template.model_copy(
-                update={"name": path.stem, "source": path.name, "digest": source_digest(path.name)}
+                update={
+                    "name": config.name,
+                    "source": config.source,
+                    "digest": source_digest(config.source),
+                    "options": list(compile_options(config)),
+                }
             )
-            for path in sorted(CUDA.glob("*.cu"))
+            for config in (*shipped_configs(), STREAM_READ)
         ]
-        assert kernels
         kernels[0] = kernels[0].model_copy(update=fields)
         return make_record(source=Source(kernels=kernels))
 
@@ -62,6 +64,15 @@ def test_stale(make_fresh, fields, found):
 def test_a_record_without_kernels_is_not_fresh(make_record):
     with pytest.raises(RecordError, match=r"source\.kernels: is empty"):
         check_fresh(make_record(source=Source()), "r.json")
+
+
+@pytest.mark.parametrize(
+    "fields", [{"options": ["-arch=sm_90a", "-DMLA_ITEM_UNITS=7"]}, {"name": "decode_rows-bf16-65"}]
+)
+def test_other_options_are_another_kernel(data, make_fresh, fields):
+    save_record(make_fresh(**fields), data / "h200" / "roofline.json")
+    (problem,) = problems(data)
+    assert problem.field == "source.kernels" and "was compiled with" in str(problem)
 
 
 def test_check_passes(data, capsys):
