@@ -166,6 +166,7 @@ def _launch(q, kv_cache, block_table, cache_seqlens, scale, causal, out, lse, wo
     group = _group_size(row_blocks, sms)
     grid = sms // group * group
     with torch.cuda.device(device):
+        launch.bind(device)
         stream = launch.current_stream(device)
         partials = torch.empty(2 * sms * rows * (HEAD_DIM_V + 2), dtype=torch.float32, device=q.device)
         params = launch.DecodeParams(

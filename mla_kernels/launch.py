@@ -231,12 +231,29 @@ def capture_id(stream: int) -> int:
     return identity.value if status.value == 1 else 0
 
 
+_bound = threading.local()
+
+
+def bind(device: int) -> None:
+    """Makes ``device``'s context current in this thread: a thread whose first CUDA call is a launch has none."""
+    if device not in getattr(_bound, "devices", ()):
+        import cupy
+
+        cupy.cuda.Device(device).use()
+        _bound.devices = {*getattr(_bound, "devices", ()), device}
+
+
 @functools.cache
 def arrivals(device: int) -> Arrivals:
     return Arrivals(device)
 
 
 STREAM_READ = KernelConfig("stream_read.cu", (("MLA_BF16", 1),), "stream_read", shared_bytes=0, threads=512)
+
+
+@functools.cache
+def _sink(device: int) -> torch.Tensor:
+    return torch.empty(4, dtype=torch.int32, device=torch.device("cuda", device))
 
 
 def stream_read(tensor: torch.Tensor) -> None:
@@ -246,7 +263,7 @@ def stream_read(tensor: torch.Tensor) -> None:
     values = (
         ctypes.c_uint64(tensor.data_ptr()),
         ctypes.c_uint64(tensor.numel() * tensor.element_size() // 16),
-        ctypes.c_uint64(tensor.data_ptr()),
+        ctypes.c_uint64(_sink(device).data_ptr()),
     )
     pointers = (ctypes.c_void_p * 3)(*(ctypes.addressof(value) for value in values))
     kernel.launch(2 * sm_count(device), current_stream(device), pointers)

@@ -235,12 +235,13 @@ struct Consumer {
         release(even + 1, false);
     }
 
-    // Loads alone: wait for a tile's boxes, give them back.
+    // Loads alone: each warpgroup waits for the boxes that it gives back, and for no others: those may be refilled.
     __device__ void drain(u32 ordinal) {
         for (int c = 0; c < kBoxes; ++c) {
+            if (c / kHalfBoxes % 2 != kWg) continue;
             mbarrier_wait(&ring_of(ordinal).full[c], phase_of(ordinal));
             __syncwarp();
-            if (lane == 0 && c / kHalfBoxes % 2 == kWg) mbarrier_arrive(&ring_of(ordinal).empty[c]);
+            if (lane == 0) mbarrier_arrive(&ring_of(ordinal).empty[c]);
         }
     }
 
