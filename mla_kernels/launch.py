@@ -235,7 +235,7 @@ _bound = threading.local()
 
 
 def bind(device: int) -> None:
-    """Makes ``device``'s context current in this thread: a thread whose first CUDA call is a launch has none."""
+    """Makes ``device``'s context current: a thread whose first CUDA call is a launch has none."""
     if device not in getattr(_bound, "devices", ()):
         import cupy
 
