@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from . import ceilings, points, provenance, timing
 from .counters import CountersUnavailable, profile
-from .figures import tb_s, tflops
+from .figures import label, tb_s, tflops
 from .points import Step
 from .records import Method, Point, Record
 from .workloads import ROTATION_OVER_L2
@@ -92,13 +92,7 @@ def _with_counters(point: Point) -> Point:
 
 def describe(point: Point) -> str:
     """One line: what was measured and what came of it."""
-    w = point.workload
-    kv = (
-        f"{w.mean_len:g}"
-        if w.lengths_kind == "uniform"
-        else f"{w.lengths_kind}({w.mean_len:g}, {w.sd_len:g})"
-    )
-    axes = f"{point.implementation} {point.mode} h_q {w.h_q} s_q {w.s_q} b {w.b} kv {kv}"
+    axes = f"{point.implementation} {label(point)}"
     if point.status != "ok":
         return f"{axes}: {point.status}: {point.reason}"
     error = f", error {point.error.out_rel_l2:.1e}" if point.error else ""

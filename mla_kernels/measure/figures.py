@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 
+from mla_kernels.arguments import HEAD_DIM, HEAD_DIM_V
+
 from .records import Ceiling, Measurement, Mode, Point, Record, Workload
 
-HEAD_DIM_QK = 576
-HEAD_DIM_V = 512
 ELEMENT_BYTES = 2  # bf16 and fp16
 
 HBM_READ = "hbm_read"  # ceiling: read-only streaming of a buffer much larger than L2, TB/s
@@ -21,18 +21,18 @@ DECODE = "mla_kernels"
 
 def flop(workload: Workload) -> int:
     """2 · Σ(s_q · h_q · kv_len) · (576 + 512). A causal mask subtracts nothing."""
-    return 2 * workload.s_q * workload.h_q * sum(workload.lengths) * (HEAD_DIM_QK + HEAD_DIM_V)
+    return 2 * workload.s_q * workload.h_q * sum(workload.lengths) * (HEAD_DIM + HEAD_DIM_V)
 
 
 def kv_bytes(workload: Workload) -> int:
     """Σ kv_len · 1152: every cached token once."""
-    return sum(workload.lengths) * HEAD_DIM_QK * ELEMENT_BYTES
+    return sum(workload.lengths) * HEAD_DIM * ELEMENT_BYTES
 
 
 def moved_bytes(workload: Workload) -> int:
     """Least traffic with HBM: each cached token and q read once, out written once (LSE, tables left out)."""
     rows = workload.b * workload.s_q * workload.h_q
-    return kv_bytes(workload) + rows * (HEAD_DIM_QK + HEAD_DIM_V) * ELEMENT_BYTES
+    return kv_bytes(workload) + rows * (HEAD_DIM + HEAD_DIM_V) * ELEMENT_BYTES
 
 
 def intensity(workload: Workload) -> float:
@@ -45,6 +45,13 @@ def query_rows(workload: Workload) -> int:
     return workload.s_q * workload.h_q
 
 
+def label(point: Point) -> str:
+    """Mode and workload of a point in words, as findings and progress name it."""
+    w = point.workload
+    kv = f"{w.mean_len:g}" if w.lengths_kind == "uniform" else f"{w.lengths_kind} {w.mean_len:g}±{w.sd_len:g}"
+    return f"{point.mode}, h_q {w.h_q}, s_q {w.s_q}, b {w.b}, kv {kv}"
+
+
 def point_flop(point: Point) -> int:
     """Useful FLOP of one call; the stream block does none."""
     return 0 if point.implementation == "block:stream" else flop(point.workload)
@@ -55,11 +62,6 @@ def point_bytes(point: Point) -> int:
     if point.implementation == "block:mma":
         return 0
     return moved_bytes(point.workload) if point.is_attention else kv_bytes(point.workload)
-
-
-def median_us(measurement: Measurement) -> float:
-    """Time of one call in µs: median of a burst's samples, window over calls when sustained."""
-    return measurement.per_call_us
 
 
 def interval_us(measurement: Measurement, level: float = 0.95) -> tuple[float, float]:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mla_kernels.arguments import HEAD_DIM_V
+
 from .figures import DECODE, flop
 from .records import Accuracy, Measurement, Point, Workload
 from .timing import Loop, burst, capture, sustained
@@ -53,7 +55,7 @@ def bind(implementation: str, inputs: Inputs) -> Bound:
     if implementation == DECODE:
         from mla_kernels.decode import mla_decode
 
-        out = inputs.q.new_empty(*inputs.q.shape[:3], 512)
+        out = inputs.q.new_empty(*inputs.q.shape[:3], HEAD_DIM_V)
         causal = inputs.workload.causal
         return Bound([functools.partial(mla_decode, *args, causal=causal, out=out) for args in tensors], out)
     if implementation in BLOCKS:

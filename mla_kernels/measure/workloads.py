@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .figures import HEAD_DIM_QK, kv_bytes
+from mla_kernels.arguments import HEAD_DIM
+
+from .figures import kv_bytes
 from .records import Workload
 
 if TYPE_CHECKING:
@@ -125,10 +127,10 @@ def materialize(
         return torch.from_numpy(array.astype(np.int32)).to(device)
 
     generator = torch.Generator(device).manual_seed(seed)
-    kv_cache = torch.empty(num_pages, page_size, 1, HEAD_DIM_QK, dtype=dtype, device=device)
+    kv_cache = torch.empty(num_pages, page_size, 1, HEAD_DIM, dtype=dtype, device=device)
     kv_cache.normal_(generator=generator)
     unused = torch.arange(page_size, device=device) >= to_device(filled)[:, None]
     kv_cache[unused] = float("nan")
-    q = torch.empty(workload.b, workload.s_q, workload.h_q, HEAD_DIM_QK, dtype=dtype, device=device)
+    q = torch.empty(workload.b, workload.s_q, workload.h_q, HEAD_DIM, dtype=dtype, device=device)
     q.normal_(0.0, logit_std, generator=generator)
     return Inputs(workload, q, kv_cache, to_device(tables), to_device(lengths))

@@ -7,11 +7,11 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from mla_kernels.measure import figures
-from mla_kernels.measure.figures import DECODE
+from mla_kernels.measure.figures import DECODE, label
 from mla_kernels.measure.records import Record
 
 from . import fits, style
-from .tables import frame, label
+from .tables import frame
 
 STREAM = "block:stream"
 

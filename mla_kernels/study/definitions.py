@@ -10,12 +10,11 @@ from dataclasses import dataclass
 
 from mla_kernels.measure import figures
 from mla_kernels.measure.energy import fit_energy_roof
-from mla_kernels.measure.figures import DECODE
+from mla_kernels.measure.figures import DECODE, label
 from mla_kernels.measure.records import LSE_MAX_ABS_LIMIT, OUT_REL_L2_LIMIT, Point, Record
 from mla_kernels.measure.workloads import spread_evenly
 
 from . import fits
-from .tables import label
 
 MANY_TOKENS = 1 << 20  # b · kv from which a memory-bound call must reach the bandwidth
 FEW_ROWS = 32  # query rows (h_q · s_q) up to which a call is memory-bound without doubt

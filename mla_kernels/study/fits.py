@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mla_kernels.arguments import HEAD_DIM, HEAD_DIM_V
 from mla_kernels.measure import figures
-from mla_kernels.measure.figures import DECODE, HEAD_DIM_QK, HEAD_DIM_V
+from mla_kernels.measure.figures import DECODE
 from mla_kernels.measure.records import Point, Record
 from mla_kernels.measure.workloads import ROTATION_OVER_L2
 
@@ -54,14 +55,14 @@ class FixedCost:
 
 def intensity_of(rows: float, kv: float) -> float:
     """FLOP per byte of ``rows`` query rows over ``kv`` cached tokens."""
-    flop = 2 * rows * kv * (HEAD_DIM_QK + HEAD_DIM_V)
-    return flop / (2 * (kv * HEAD_DIM_QK + rows * (HEAD_DIM_QK + HEAD_DIM_V)))
+    flop = 2 * rows * kv * (HEAD_DIM + HEAD_DIM_V)
+    return flop / (2 * (kv * HEAD_DIM + rows * (HEAD_DIM + HEAD_DIM_V)))
 
 
 def rows_of(flop_per_byte: float, kv: float = float("inf")) -> float:
     """Query rows whose decode over ``kv`` cached tokens has that intensity."""
-    both = HEAD_DIM_QK + HEAD_DIM_V
-    return flop_per_byte * HEAD_DIM_QK / (both * (1 - flop_per_byte / kv))
+    both = HEAD_DIM + HEAD_DIM_V
+    return flop_per_byte * HEAD_DIM / (both * (1 - flop_per_byte / kv))
 
 
 def ridge(record: Record, mode: str = "burst") -> float:

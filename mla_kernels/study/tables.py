@@ -24,15 +24,8 @@ def frame(record: Record) -> pd.DataFrame:
 def missing(record: Record) -> pd.DataFrame:
     """One row for each point that could not be measured, with the reason."""
     columns = ["point", "status", "reason"]
-    rows = [(label(p), p.status, p.reason) for p in record.points if p.status != "ok"]
+    rows = [(figures.label(p), p.status, p.reason) for p in record.points if p.status != "ok"]
     return pd.DataFrame(rows, columns=columns)
-
-
-def label(point: Point) -> str:
-    """A point in words, as findings name it."""
-    w = point.workload
-    kv = f"{w.mean_len:g}" if w.lengths_kind == "uniform" else f"{w.lengths_kind} {w.mean_len:g}±{w.sd_len:g}"
-    return f"{point.mode}, h_q {w.h_q}, s_q {w.s_q}, b {w.b}, kv {kv}"
 
 
 def _row(record: Record, point: Point) -> dict:
@@ -48,7 +41,7 @@ def _row(record: Record, point: Point) -> dict:
         "kv": round(w.mean_len, 2),
         "lengths": w.lengths_kind,
         "kv_sets": point.kv_sets,
-        "us": figures.median_us(point),
+        "us": point.per_call_us,
         "us_low": low,
         "us_high": high,
         "kv_mb": figures.kv_bytes(w) / 1e6,

@@ -63,8 +63,8 @@ def test_interval_is_the_narrowest_that_covers(n, level, make_point):
 
 
 def test_median_of_a_burst_and_mean_of_a_window(make_point):
-    assert figures.median_us(make_point(samples_us=[3.0, 1.0, 100.0])) == 3.0
-    assert figures.median_us(make_point(us=250.0, power_w=600.0)) == pytest.approx(250.0)
+    assert make_point(samples_us=[3.0, 1.0, 100.0]).per_call_us == 3.0
+    assert make_point(us=250.0, power_w=600.0).per_call_us == pytest.approx(250.0)
 
 
 def test_joules_per_token(make_point):
