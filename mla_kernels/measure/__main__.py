@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .experiments import EXPERIMENTS
 from .freshness import problems, record_files
-from .provenance import DATA, ROOT, UnknownCommit, gpu_folder
+from .provenance import DATA, ROOT, UnknownCommit, data_folder, gpu_folder
 from .records import RecordError, load_record, save_record
 
 
@@ -41,7 +41,10 @@ def list_records(arguments: argparse.Namespace) -> int:
     """Name the experiments and the records there are."""
     for name, experiment in EXPERIMENTS.items():
         print(f"{name:12} {experiment.__doc__.splitlines()[0]}")
-    for path in record_files(arguments.data):
+    paths = record_files(arguments.data)
+    if not paths:
+        print(f"no records yet under {arguments.data}")
+    for path in paths:
         try:
             found = load_record(path)
         except RecordError as error:
@@ -82,13 +85,17 @@ def main(argv: list[str] | None = None) -> int:
     command.set_defaults(run=record)
 
     command = commands.add_parser("list", help="experiments and records", description=list_records.__doc__)
-    command.add_argument("--data", type=Path, default=DATA, metavar="DIR", help="default: %(default)s")
+    command.add_argument(
+        "--data", type=Path, default=data_folder(), metavar="DIR", help="default: %(default)s"
+    )
     command.set_defaults(run=list_records)
 
     command = commands.add_parser(
         "check", help="schema and freshness of the records", description=check.__doc__
     )
-    command.add_argument("--data", type=Path, default=DATA, metavar="DIR", help="default: %(default)s")
+    command.add_argument(
+        "--data", type=Path, default=data_folder(), metavar="DIR", help="default: %(default)s"
+    )
     command.set_defaults(run=check)
 
     arguments = parser.parse_args(argv)

@@ -16,7 +16,13 @@ from .records import Device, Kernel, Run, Software, Source
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "data"
+DATA_VARIABLE = "MLA_KERNELS_DATA"
 COMMIT_VARIABLE = "MLA_KERNELS_COMMIT"
+
+
+def data_folder() -> Path:
+    """Where records are read from: the folder ``MLA_KERNELS_DATA`` names, else ``data/``."""
+    return Path(os.environ.get(DATA_VARIABLE) or DATA)
 
 
 class UnknownCommit(RuntimeError):

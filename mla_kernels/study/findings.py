@@ -13,13 +13,14 @@ from typing import TypedDict
 
 import pandas as pd
 
-from mla_kernels.measure.provenance import gpu_folder
+from mla_kernels.measure.provenance import data_folder, gpu_folder
 from mla_kernels.measure.records import Record, RecordError
 
 from .definitions import DEFINITIONS
-from .loading import data_folder, load_all
+from .loading import load_all
 from .tables import significant, to_markdown
 
+GPU = "h200"
 BEGIN, END = "<!-- findings -->", "<!-- /findings -->"
 
 
@@ -123,13 +124,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", type=Path, default=data_folder(), metavar="DIR", help="default: %(default)s"
     )
-    parser.add_argument("--gpu", default="h200", help="folder of DIR (default: %(default)s)")
+    parser.add_argument("--gpu", help=f"folder of DIR (default: {GPU}, which may be empty)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit status: 0, or 1 with a line naming file and field for a record that cannot be used."""
+    """Exit status: 0, 1 naming file and field of a record that cannot be used, 2 for a missing folder."""
+    gpu = args.gpu or GPU
+    folder = args.data / gpu
+    asked_for = folder if args.gpu else args.data
+    if not asked_for.is_dir():
+        print(f"error: there is no folder {asked_for}; check --data and --gpu", file=sys.stderr)
+        return 2
     try:
-        records = load_all(args.gpu, args.data)
+        records = load_all(gpu, args.data)
         found = findings(records)
     except RecordError as problem:
         print(f"error: {problem}", file=sys.stderr)
@@ -147,6 +154,8 @@ def run(args: argparse.Namespace) -> int:
         args.update.write_text(updated)
     elif found:
         print(table(found).to_string(index=False))
+    elif records:
+        print(f"{len(records)} records under {folder} give no finding")
     else:
-        print(f"no records under {args.data / args.gpu}")
+        print(f"no records under {folder}")
     return 0

@@ -7,27 +7,21 @@ Environment: ``MLA_KERNELS_SOURCE`` (auto, live, replay) overrides what a notebo
 from __future__ import annotations
 
 import ast
-import ctypes
 import datetime
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal
 
+from mla_kernels.device import hopper_available
 from mla_kernels.measure.freshness import check_fresh
-from mla_kernels.measure.provenance import DATA, ROOT, commit, gpu_folder
+from mla_kernels.measure.provenance import ROOT, commit, data_folder, gpu_folder
 from mla_kernels.measure.records import Record, RecordError, load_record, save_record
 
 SOURCES = ("auto", "live", "replay")
 SOURCE_VARIABLE = "MLA_KERNELS_SOURCE"
-DATA_VARIABLE = "MLA_KERNELS_DATA"
 LIVE = ROOT / "build" / "live"
 REUSE = datetime.timedelta(hours=1)  # so that the notebooks of one run measure an experiment once
-
-
-def data_folder() -> Path:
-    """Where records are replayed from."""
-    return Path(os.environ.get(DATA_VARIABLE) or DATA)
 
 
 def resolve_source(source: str = "auto") -> Literal["live", "replay"]:
@@ -37,7 +31,7 @@ def resolve_source(source: str = "auto") -> Literal["live", "replay"]:
         name = SOURCE_VARIABLE if wanted != source else "source"
         raise ValueError(f"{name} is {wanted!r}, must be one of {', '.join(SOURCES)}")
     if wanted == "auto":
-        return "live" if _hopper_here() else "replay"
+        return "live" if hopper_available() else "replay"
     return wanted
 
 
@@ -103,16 +97,6 @@ def check_parameters(*known: str) -> None:
                 raise NameError(
                     f"parameter {node.id!r} is unknown to this notebook; it has {', '.join(known)}"
                 )
-
-
-def _hopper_here() -> bool:
-    try:
-        ctypes.CDLL("libcuda.so.1")  # no driver: no need to import torch
-    except OSError:
-        return False
-    from mla_kernels.device import hopper_available
-
-    return hopper_available()
 
 
 def _checked(path: Path) -> Record:

@@ -214,8 +214,24 @@ def test_command_names_a_record_that_cannot_be_used(data, capsys):
 
 def test_command_without_records(tmp_path, capsys):
     assert study.main(["findings", "--data", str(tmp_path)]) == 0
-    assert "no records" in capsys.readouterr().out
+    assert "no records under" in capsys.readouterr().out
     assert markdown([]) == "Nothing is recorded yet."
+
+
+@pytest.mark.parametrize("typo", [("--gpu", "h20"), ("--data", "elsewhere")])
+def test_command_leaves_the_table_alone_where_the_folder_is_missing(data, tmp_path, capsys, typo):
+    page = tmp_path / "page.md"
+    page.write_text(f"{module.BEGIN}\nold\n{module.END}\n")
+    assert study.main(["findings", "--update", str(page), "--data", str(data), *typo]) == 2
+    assert f"no folder {'elsewhere' if typo[0] == '--data' else data / 'h20'}" in capsys.readouterr().err
+    assert "old" in page.read_text()
+
+
+def test_command_tells_records_without_findings_from_no_records(tmp_path, capsys, card):
+    save_record(card.record("bandwidth", [], ceilings=[]), tmp_path / "h200" / "bandwidth.json")
+    assert study.main(["findings", "--data", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "no finding" in out and "no records" not in out
 
 
 def test_markers_must_be_there_once():

@@ -14,7 +14,7 @@ import pytest
 from papermill.exceptions import PapermillExecutionError
 
 from mla_kernels.measure import experiments
-from mla_kernels.measure.provenance import ROOT, commit
+from mla_kernels.measure.provenance import DATA_VARIABLE, ROOT, commit
 from mla_kernels.measure.records import RecordError, save_record
 from mla_kernels.study import loading
 from mla_kernels.study.kernel import ThisInterpreter
@@ -25,7 +25,7 @@ from mla_kernels.study.loading import load, load_all, resolve_source
 def data(tmp_path, monkeypatch, roofline):
     """A data folder that holds one record, and is the one that is replayed."""
     save_record(roofline, tmp_path / "h200" / "roofline.json")
-    monkeypatch.setenv(loading.DATA_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(DATA_VARIABLE, str(tmp_path))
     monkeypatch.delenv(loading.SOURCE_VARIABLE, raising=False)
     return tmp_path
 
@@ -117,7 +117,7 @@ def test_the_environment_overrides(monkeypatch, asked):
 @pytest.mark.parametrize("hopper, source", [(True, "live"), (False, "replay")])
 def test_auto_is_live_on_a_hopper_gpu_alone(monkeypatch, hopper, source):
     monkeypatch.delenv(loading.SOURCE_VARIABLE, raising=False)
-    monkeypatch.setattr(loading, "_hopper_here", lambda: hopper)
+    monkeypatch.setattr(loading, "hopper_available", lambda: hopper)
     assert resolve_source() == resolve_source("auto") == source
 
 
