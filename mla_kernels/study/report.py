@@ -3,16 +3,15 @@
 Everything is in the files themselves (style, figures, formulas as MathML), so it reads without a network.
 """
 
-import importlib.util
-from collections.abc import Iterable
 from html import escape
 from pathlib import Path
-from typing import Any
 
+import pandas as pd
 from latex2mathml.converter import convert
 from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 
+from mla_kernels.study.findings import findings, table
 from mla_kernels.study.outcome import Outcome
 
 # nbconvert's own page, less the scripts that it loads from elsewhere; index.html leads back.
@@ -28,7 +27,7 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem }
 table { border-collapse: collapse; margin: 1rem 0; width: 100% }
 th, td { border-bottom: 1px solid #ddd; padding: .35rem .7rem; text-align: left; vertical-align: top }
-td.number { text-align: right; font-variant-numeric: tabular-nums }
+td.number, .findings td:nth-child(2) { text-align: right; font-variant-numeric: tabular-nums }
 .ok { color: #126b2e } .failed { color: #a4161a; font-weight: 600 }
 code { font-size: .9em }
 """
@@ -57,20 +56,6 @@ def _markdown_to_html(source: str) -> str:
     return MarkdownWithMath(renderer=_OfflineRenderer(escape=False)).render(source)
 
 
-def findings() -> list[dict[str, Any]]:
-    """The project's findings (key, value, unit, target, record, point); none without the module."""
-    if importlib.util.find_spec("mla_kernels.study.findings") is None:
-        return []
-    from mla_kernels.study.findings import findings as derive
-
-    return list(derive())
-
-
-def _table(head: Iterable[str], rows: Iterable[str]) -> str:
-    titles = "".join(f"<th>{escape(title)}</th>" for title in head)
-    return f"<table>\n<tr>{titles}</tr>\n" + "\n".join(rows) + "\n</table>"
-
-
 def _outcome_row(outcome: Outcome) -> str:
     chosen = ", ".join(f"{name}={value!r}" for name, value in outcome.parameters.items())
     error = f"<br><code>{escape(outcome.error)}</code>" if outcome.error else ""
@@ -79,14 +64,6 @@ def _outcome_row(outcome: Outcome) -> str:
         f'<td class="{outcome.status}">{outcome.status}</td><td class="number">{outcome.seconds:.1f} s</td>'
         f"<td>{outcome.finished:%Y-%m-%d %H:%M} UTC</td><td><code>{escape(chosen)}</code></td></tr>"
     )
-
-
-def _finding_row(finding: dict[str, Any]) -> str:
-    value = finding["value"]
-    shown = f"{value:.4g}" if isinstance(value, float) else str(value)
-    cells = [escape(str(finding.get(name) or "")) for name in ("unit", "target", "record", "point")]
-    key = f"<tr><td><code>{escape(finding['key'])}</code></td>"
-    return f'{key}<td class="number">{escape(shown)}</td><td>{"</td><td>".join(cells)}</td></tr>'
 
 
 def write_report(outcomes: list[Outcome], executed: Path, directory: Path) -> tuple[Path, str | None]:
@@ -108,15 +85,16 @@ def write_report(outcomes: list[Outcome], executed: Path, directory: Path) -> tu
     parts = [
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>mla_kernels: report</title>',
         f"<style>{STYLE}</style></head><body><h1>mla_kernels: report</h1>",
-        _table(["notebook", "status", "time", "finished", "parameters"], map(_outcome_row, outcomes)),
+        "<table>\n<tr><th>notebook</th><th>status</th><th>time</th><th>finished</th><th>parameters</th></tr>",
+        *map(_outcome_row, outcomes),
+        "</table>",
     ]
     if problem:
         parts.append(f'<p class="failed">{escape(problem)}</p>')
     if derived:
-        parts += [
-            "<h2>Findings</h2><p>Derived from the records under data/.</p>",
-            _table(["finding", "value", "unit", "target", "record", "point"], map(_finding_row, derived)),
-        ]
+        parts.append("<h2>Findings</h2><p>Derived from the records.</p>")
+        with pd.option_context("display.max_colwidth", None):  # else pandas cuts a cell at 50 characters
+            parts.append(table(derived).to_html(index=False, border=0, justify="left", classes="findings"))
     index = directory / "index.html"
     index.write_text("\n".join(parts) + "\n</body></html>\n")
     return index, problem

@@ -22,12 +22,12 @@ from typing import Any
 import nbformat
 
 from mla_kernels import device
+from mla_kernels.measure.provenance import DATA_VARIABLE, ROOT, data_folder
 from mla_kernels.study.outcome import Outcome, read_outcome, write_outcome
 from mla_kernels.study.parameters import ParameterError, assign, parse_setting
 from mla_kernels.study.report import write_report
 
-PACKAGE = Path(device.__file__).parent
-ROOT = PACKAGE.parent
+PACKAGE = ROOT / "mla_kernels"
 
 
 def find_notebooks(directory: Path, only: Iterable[str] = ()) -> list[Path]:
@@ -171,7 +171,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line of `reproduce`."""
     parser.description = "Run every notebook and write build/report/index.html."
     parser.add_argument(
-        "--only", nargs="+", default=[], metavar="NOTEBOOK", help="these alone, e.g. 01_roofline"
+        "--only", nargs="+", default=[], metavar="NOTEBOOK", help="these alone, e.g. 00_start_here"
     )
     parser.add_argument(
         "-p",
@@ -189,18 +189,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--force", action="store_true", help="run unchanged notebooks too")
     parser.add_argument("--notebooks", type=Path, default=ROOT / "notebooks", help="where they are")
-    parser.add_argument("--data", type=Path, default=ROOT / "data", help="the records they replay")
+    parser.add_argument("--data", type=Path, default=data_folder(), help="the records they replay")
     parser.add_argument("--build", type=Path, default=ROOT / "build", help="where results go")
 
 
 def run(args: argparse.Namespace) -> int:
     """Exit status: 0, 1 if a notebook failed, 2 if the command line is wrong, 130 after Ctrl-C."""
     settings = dict(args.settings) | ({"source": args.source} if args.source else {})
+    data = args.data.resolve()
+    os.environ[DATA_VARIABLE] = str(data)  # where the notebooks' kernels and the report read
     try:
+        if not data.is_dir():
+            raise FileNotFoundError(f"there is no folder {data}; check --data")
         notebooks = find_notebooks(args.notebooks.resolve(), args.only)
-        failures = reproduce(
-            notebooks, settings, data=args.data.resolve(), build=args.build.resolve(), force=args.force
-        )
+        failures = reproduce(notebooks, settings, data=data, build=args.build.resolve(), force=args.force)
     except (FileNotFoundError, ParameterError) as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2

@@ -6,14 +6,17 @@ import signal
 import subprocess
 import sys
 import time
+from html import escape
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from mla_kernels.study import report
+from mla_kernels.measure.provenance import DATA_VARIABLE
+from mla_kernels.measure.records import Record, save_record
 from mla_kernels.study.__main__ import main
+from mla_kernels.study.findings import findings, table
 from mla_kernels.study.outcome import read_outcome
 from mla_kernels.study.reproduce import fingerprint
 
@@ -28,7 +31,8 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     spec.mkdir(parents=True)
     (spec / "kernel.json").write_text(json.dumps({"argv": ["/bin/false"], "display_name": "broken"}))
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
-    for name in ("notebooks", "data"):
+    monkeypatch.setenv(DATA_VARIABLE, str(tmp_path / "elsewhere"))  # --data must win; restored at the end
+    for name in ("notebooks", "data", "elsewhere"):
         (tmp_path / name).mkdir()
     return tmp_path
 
@@ -200,14 +204,49 @@ def test_interrupt_keeps_what_is_finished(study: Path) -> None:
 
 
 def test_a_bad_record_fails_the_run_but_not_the_report(
-    study: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    study: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def broken() -> list[dict[str, object]]:
-        raise ValueError("data/h200/roofline.json: field schema_version: 9")
-
-    monkeypatch.setattr(report, "findings", broken)
+    """And a record that comes between two runs makes the notebook run again."""
     write_notebook(study, "00_first")
+    assert main(arguments(study)) == main(arguments(study)) == 0
+    assert runs(study) == ["00_first"]
+    (study / "data" / "h200").mkdir()
+    (study / "data" / "h200" / "roofline.json").write_text('{"schema_version": 9}')
     assert main(arguments(study)) == 1
-    assert "FAILED findings: ValueError: data/h200/roofline.json" in capsys.readouterr().err
+    assert runs(study) == ["00_first", "00_first"]
+    errors = capsys.readouterr().err
+    assert "FAILED findings: RecordError" in errors and "roofline.json: schema_version" in errors
     index = (study / "build" / "report" / "index.html").read_text()
-    assert "Title of 00_first" in index and "field schema_version: 9" in index
+    assert "Title of 00_first" in index and "roofline.json: schema_version" in index
+
+
+def test_notebooks_and_report_read_the_folder_given(study: Path, bandwidth: Record) -> None:
+    save_record(bandwidth, study / "data" / "h200" / "bandwidth.json")
+    replay = "from mla_kernels.study.loading import load\nload('bandwidth', source)"
+    write_notebook(study, "00_first", replay)
+    assert main(arguments(study, "--source=replay")) == 0
+    assert "bandwidth: replay" in printed(study, "00_first")
+    index = (study / "build" / "report" / "index.html").read_text()
+    shown = table(findings([bandwidth]))
+    assert len(shown)
+    for row in shown.itertuples(index=False):
+        cells = "\n".join(f"      <td>{escape(cell, quote=False)}</td>" for cell in row)
+        assert cells in index
+
+
+def test_without_data_the_environment_names_the_folder(
+    study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(DATA_VARIABLE, str(study / "data"))
+    (study / "data" / "h200").mkdir()
+    (study / "data" / "h200" / "roofline.json").write_text("")
+    write_notebook(study, "00_first")
+    without = [argument for argument in arguments(study) if not argument.startswith("--data")]
+    assert main(without) == 1
+    assert f"{study}/data/h200/roofline.json: (file): is empty" in capsys.readouterr().err
+
+
+def test_a_data_folder_that_is_not_there(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_notebook(study, "00_first")
+    assert main(arguments(study, f"--data={study / 'dta'}")) == 2
+    assert f"no folder {study / 'dta'}" in capsys.readouterr().err and not runs(study)
