@@ -4,6 +4,7 @@ import argparse
 import importlib
 import sys
 
+DESCRIPTION = "Run the notebooks, derive the findings, keep both up to date with the records."
 COMMANDS = {
     "reproduce": "run every notebook and write the report",
     "findings": "derive every finding from the records",
@@ -14,7 +15,7 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Dispatch to the command's module; its exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(prog="python -m mla_kernels.study", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m mla_kernels.study", description=DESCRIPTION)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, summary in COMMANDS.items():
         command = commands.add_parser(name, help=summary)
