@@ -1,7 +1,7 @@
 # Two commands matter: `make reproduce` and `make test`. Each sets up .venv by itself.
 #   ENV=current       use the python3 on PATH as it is and install nothing (a GPU machine with its own torch and cupy)
 #   PYTHON=python3.12 which Python makes .venv
-#   ARGS="..."        passed on: make reproduce ARGS="--only 01_roofline -p source=replay"
+#   ARGS="..."        passed on: make reproduce ARGS="--only 00_start_here -p source=replay"
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -81,5 +81,5 @@ test-gpu: $(READY) ## verify the kernels against fp64 and record the outcome (Ho
 
 .PHONY: clean
 clean: ## remove what make made: .venv, build, caches
-	rm -rf .venv build .cache .pytest_cache .ruff_cache .hypothesis mla_kernels.egg-info
+	rm -rf .venv build .pytest_cache .ruff_cache .hypothesis mla_kernels.egg-info
 	find mla_kernels tests notebooks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
