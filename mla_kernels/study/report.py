@@ -6,7 +6,6 @@ Everything is in the files themselves (style, figures, formulas as MathML), so i
 from html import escape
 from pathlib import Path
 
-import pandas as pd
 from latex2mathml.converter import convert
 from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
@@ -92,9 +91,10 @@ def write_report(outcomes: list[Outcome], executed: Path, directory: Path) -> tu
     if problem:
         parts.append(f'<p class="failed">{escape(problem)}</p>')
     if derived:
-        parts.append("<h2>Findings</h2><p>Derived from the records.</p>")
-        with pd.option_context("display.max_colwidth", None):  # else pandas cuts a cell at 50 characters
-            parts.append(table(derived).to_html(index=False, border=0, justify="left", classes="findings"))
+        parts += [
+            "<h2>Findings</h2><p>Derived from the records.</p>",
+            table(derived).to_html(index=False, border=0, justify="left", classes="findings"),
+        ]
     index = directory / "index.html"
     index.write_text("\n".join(parts) + "\n</body></html>\n")
     return index, problem
