@@ -81,10 +81,6 @@ __device__ __forceinline__ bool named_barrier_any(u32 id, u32 threads, bool vote
 
 // ---- TMA ---------------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ void prefetch_tensormap(const TensorMap* map) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
-
 // Box at (x, y, z) of a rank-3 tensor -> shared memory; completes `barrier` by its bytes. Out-of-range parts are zero.
 __device__ __forceinline__ void tma_load_3d(void* smem, const TensorMap* map, u64* barrier, int x, int y, int z) {
     asm volatile(
