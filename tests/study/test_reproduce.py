@@ -188,7 +188,7 @@ def test_interrupt_keeps_what_is_finished(study: Path) -> None:
         stdout=subprocess.DEVNULL,
         text=True,
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where the tests run with "&"
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # "&" ignores it
     )
     for _ in range(600):
         if runs(study) == ["00_first", "01_slow"]:
