@@ -6,7 +6,7 @@
 // buffers. Warpgroup 0 leads: it owns the even tiles of an item, warpgroup 1 the odd ones. The
 // owner computes S and P of its tile, keeps P in registers for its own half of O and leaves a copy for the other in
 // the tile's rotary box, which nobody needs after QK. So one warpgroup's softmax runs under the other's WGMMA.
-// Warps: 0-3 and 4-7 consume (232 registers), 8 produces (40), 9-11 idle.
+// Warps: 0-3 and 4-7 consume (232 registers), 8 streams KV (40), 9 loads Q, 10-11 idle.
 // Shared memory: 18 boxes of 8 KB, Q (72 KB).
 #include "persistent.cuh"
 
@@ -17,7 +17,7 @@ constexpr int kHalfColumns = kHalfBoxes * kBoxColumns;
 
 struct SharedMemory {
     BoxRing<kBoxes> ring[2];  // a ring is a tile buffer
-    alignas(1024) u16 q[kBoxes][kRows * kBoxColumns];
+    QueryBuffer<kRows> q;
     u64 p_ready[2];             // P of the lead's (0), the trail's (1) tile lies in its rotary box
     float reference[2][kRows];  // the rows' reference after that tile,
     int moved[2][4];            // and whether it moved, per warp of 16 rows
@@ -31,8 +31,24 @@ struct SharedMemory {
     }
 };
 
+// What a thread's accumulators are: vector j holds columns 8 j, 8 j + 1 (from its own first) of rows r and r + 8.
+struct RowsFragment {
+    static constexpr int kThreadRows = 2, kWarpRows = 16, kWarpStride = 16;
+
+    __device__ static constexpr int slot(int, int element) { return element / 2; }
+    __device__ static int row(int thread, int slot) { return thread / 32 % 4 * 16 + thread % 32 / 4 + slot * 8; }
+    __device__ static bool has_stats(int thread) { return thread < kWarpgroup && thread % 4 == 0; }
+    __device__ static void store(u16* out, int rows, int thread, int j, float4 v) {
+        const int r = row(thread, 0);
+        u16* place = out + r * kHeadDimV + thread / kWarpgroup * kHalfColumns + thread % 4 * 2 + j * 8;
+        if (r < rows) *reinterpret_cast<u32*>(place) = pack_elements(v.x, v.y);
+        if (r + 8 < rows) *reinterpret_cast<u32*>(place + 8 * kHeadDimV) = pack_elements(v.z, v.w);
+    }
+};
+
 template <int kWg>
 struct Consumer {
+    using Fragment = RowsFragment;
     const DecodeParams& p;
     SharedMemory& smem;
     const int thread = threadIdx.x % kWarpgroup, warp = thread / 32, lane = thread % 32;
@@ -53,22 +69,31 @@ struct Consumer {
         for (int r = 0; r < 2; ++r) m[r] = -kInfinity, l[r] = 0.f;
     }
 
-    // Masked scores of an owned tile, complete on return: a chain a box (softmax.cuh).
-    __device__ void scores(const WorkItem& w, int tile, u32 ordinal, float (&s)[kTileTokens / 2]) {
-        float part[kTileTokens / 2];
+    __device__ void issue_chain(u32 ordinal, int first, float (&s)[kTileTokens / 2]) {
 #pragma unroll
-        for (int c = 0; c < kBoxes; ++c) {
+        for (int c = first; c < first + kChainBoxes && c < kBoxes; ++c) {
             if (kLoads) mbarrier_wait(&ring_of(ordinal).full[c], phase_of(ordinal));
             wgmma_fence();
-            const u64 q = descriptor_k_major(smem.q[c]), k = descriptor_k_major(box(ordinal, c));
+            const u64 q = descriptor_k_major(smem.q.box[c]), k = descriptor_k_major(box(ordinal, c));
 #pragma unroll
             for (int step = 0; step < kStepsPerBox; ++step)
-                wgmma_ss<kTileTokens, 0, 0>(part, q + step * kAdvanceAlongRow, k + step * kAdvanceAlongRow, step > 0);
-            wgmma_commit();
+                wgmma_ss<kTileTokens, 0, 0>(s, q + step * kAdvanceAlongRow, k + step * kAdvanceAlongRow, c > first || step > 0);
+        }
+        wgmma_commit();
+    }
+
+    // Masked scores of an owned tile, complete on return: a chain after the other (softmax.cuh), the first two together.
+    __device__ void scores(const WorkItem& w, int tile, u32 ordinal, float (&s)[kTileTokens / 2]) {
+        float part[kTileTokens / 2];
+        issue_chain(ordinal, 0, s);
+#pragma unroll
+        for (int first = kChainBoxes; first < kBoxes; first += kChainBoxes) {
+            issue_chain(ordinal, first, part);
             wgmma_wait<0>();
+            wgmma_fence_operands(s);
             wgmma_fence_operands(part);
 #pragma unroll
-            for (int i = 0; i < kTileTokens / 2; ++i) s[i] = c == 0 ? part[i] : s[i] + part[i];
+            for (int i = 0; i < kTileTokens / 2; ++i) s[i] += part[i];
         }
         if (kSoftmax && (tile + 1) * kTileTokens > w.kv_len - (p.causal ? p.s_q - 1 : 0)) mask(w, tile, s);
     }
@@ -274,49 +299,8 @@ struct Consumer {
         for (int r = 0; r < 2; ++r) l[r] = w.invalid ? kNan : smem.sums[0][row + r * 8] + smem.sums[1][row + r * 8];
     }
 
-    // This thread's first pair of columns in a part's row; the next ones are 8 columns apart.
-    __device__ float2* part_row(const WorkItem& w, int part, int row, int lane) {
-        auto& slot = partial_slot<kRows>(p, w.first_cta, part);
-        return reinterpret_cast<float2*>(slot.o[row]) + kWg * kHalfColumns / 2 + (lane & 3);
-    }
-
-    __device__ void write_part(const WorkItem& w) {
-        const int lane = launder(this->lane), row = launder(warp) * 16 + lane / 4;
-        const int part = part_of_this_cta(p, w);
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            float2* out = part_row(w, part, row + r * 8, lane);
-#pragma unroll
-            for (int i = 0; i < kHalfColumns / 2; i += 4) out[i] = make_float2(o[i + r * 2], o[i + r * 2 + 1]);
-            if (kWg == 0 && (lane & 3) == 0)
-                partial_slot<kRows>(p, w.first_cta, part).stats[row + r * 8] = make_float2(m[r], l[r]);
-        }
-    }
-
-    // The result of an item, with the parts that other CTAs left of it.
-    __device__ void write_out(const WorkItem& w, int others) {
-        const int lane = launder(this->lane), row = launder(warp) * 16 + lane / 4;
-        const int first_row = w.row_block * kRows, rows = min(kRows, p.s_q * p.h_q - first_row);
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            const int own = row + r * 8;
-            AbsorbedRow<kRows> absorbed(p, w, own, others, m[r], l[r]);
-            if (own >= rows) continue;
-            u16* out = out_row(p, w.request, first_row + own) + kWg * kHalfColumns + (lane & 3) * 2;
-#pragma unroll
-            for (int i = 0; i < kHalfColumns / 2; i += 4) {
-                float2 sum = make_float2(o[i + r * 2] * absorbed.own, o[i + r * 2 + 1] * absorbed.own);
-#pragma unroll
-                for (int k = 0; k < kAbsorbedParts - 1; ++k)
-                    if (k < others) {
-                        const float2 v = part_row(w, k + 1, own, lane)[i];
-                        sum = make_float2(fmaf(v.x, absorbed.other[k], sum.x), fmaf(v.y, absorbed.other[k], sum.y));
-                    }
-                *reinterpret_cast<u32*>(out + i * 2) = pack_elements(sum.x, sum.y);
-            }
-            if (kWg == 0 && (lane & 3) == 0) store_lse(p, w.request, first_row + own, absorbed.lse);
-        }
-    }
+    __device__ float4 vector(int j) const { return make_float4(o[4 * j], o[4 * j + 1], o[4 * j + 2], o[4 * j + 3]); }
+    __device__ void set_vector(int j, float4 v) { o[4 * j] = v.x, o[4 * j + 1] = v.y, o[4 * j + 2] = v.z, o[4 * j + 3] = v.w; }
 };
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1) mla_decode(const __grid_constant__ DecodeParams p) {

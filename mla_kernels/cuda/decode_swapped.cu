@@ -5,22 +5,28 @@
 // Grid: one persistent CTA an SM; each walks its share of the batch (schedule.cuh). KV streams through two rings of
 // 8 KB boxes. Consumer warpgroup w takes every other 64-token tile, whole: QK, softmax and PV with its own
 // 512 x kRows accumulators, so no P crosses warpgroups; the two halves are joined at the end of an item.
-// Warps: 0-3 and 4-7 consume (232 registers), 8 produces (40), 9-11 idle.
-// Shared memory: 2 x kRing boxes (11 to 13), Q (kRows x 1152 B), P (2 x kRows x 128 B).
+// Warps: 0-3 and 4-7 consume (232 registers), 8 streams KV (40), 9 loads Q, 10-11 idle.
+// Shared memory: 2 x kRing boxes (10 to 12), Q (kRows x 1152 B), P (2 x kRows x 128 B), 16 KB to join the two halves.
 #include "persistent.cuh"
 
 constexpr int kRows = MLA_ROWS;
 static_assert(kRows == 8 || kRows == 16 || kRows == 32, "accumulators of 512 x kRows must fit a warpgroup's registers");
-constexpr int kParts = kRows == 32 ? 1 : 2;  // chains of QK in flight: what the registers allow
+constexpr int kChains = (kBoxes + kChainBoxes - 1) / kChainBoxes;
+constexpr int kInFlight = kRows == 32 ? 1 : 2;  // chains of QK: what the registers allow
 constexpr int kColumns = kRows / 4;  // query rows (columns of S^T) a thread holds
-constexpr int kReservedBytes = kRows * (kHeadDim * 2 + 2 * kTileTokens * 2 + 2 * 4 * 4 + 4 * 4) + 3 * 1024;
+constexpr int kExchanged = kRows == 32 ? 2 : 4;  // vectors of O that a thread passes to the other warpgroup at a time
+constexpr int kReservedBytes = kRows * (kHeadDim * 2 + 2 * kTileTokens * 2 + 2 * 4 * 8 + 4 * 4) +
+                               2 * kExchanged * kWarpgroup * 16 + 4 * 1024;
 constexpr int kRing = (kMaxSharedBytes - kReservedBytes) / (2 * (kBoxBytes + 16));
+static_assert(kRing > kBoxes, "a tile and what comes after it");
 
 struct SharedMemory {
     BoxRing<kRing> ring[2];  // warpgroup w consumes ring w
-    alignas(1024) u16 q[kBoxes][kRows * kBoxColumns];
+    QueryBuffer<kRows> q;
     alignas(1024) u16 p[2][kRows * kTileTokens];
-    float by_warp[2][4][kRows];  // a warp's column maxima, or its column sums
+    float4 exchange[2][kExchanged][kWarpgroup];
+    float maxima[2][4][kRows];  // a warp's column maxima
+    float sums[2][4][kRows];    // and sums
     float reference[2][kRows];
     ItemQueue queue;
     PendingMerges pending;
@@ -32,8 +38,28 @@ struct SharedMemory {
 __device__ __forceinline__ constexpr int column_slot(int i) { return (i / 4) * 2 + (i & 1); }
 __device__ __forceinline__ int column_of(int slot, int lane) { return (slot / 2) * 8 + (lane & 3) * 2 + (slot & 1); }
 
+// What a thread's accumulators are once joined: vector j holds dims d and d + 8 of two neighbouring query rows.
+struct SwappedFragment {
+    static constexpr int kThreadRows = kColumns, kWarpRows = kRows, kWarpStride = 0;
+    static constexpr int kVectorsPerBox = kRows / 8;
+
+    __device__ static constexpr int slot(int j, int element) { return j % kVectorsPerBox * 2 + (element & 1); }
+    __device__ static int row(int thread, int slot) { return column_of(slot, thread % 32); }
+    __device__ static bool has_stats(int thread) { return thread < 4; }
+    __device__ static void store(u16* out, int rows, int thread, int j, float4 v) {  // by whole warps
+        const u32 low = movmatrix_trans(pack_elements(v.x, v.y)), high = movmatrix_trans(pack_elements(v.z, v.w));
+        const int lane = thread % 32, r = j % kVectorsPerBox * 8 + lane / 4;
+        u16* place = out + r * kHeadDimV + (thread / kWarpgroup * 4 + j / kVectorsPerBox) * kBoxColumns +
+                     thread % kWarpgroup / 32 * 16 + lane % 4 * 2;
+        if (r >= rows) return;
+        *reinterpret_cast<u32*>(place) = low;
+        *reinterpret_cast<u32*>(place + 8) = high;
+    }
+};
+
 template <int kWg>
 struct Consumer {
+    using Fragment = SwappedFragment;
     const DecodeParams& p;
     SharedMemory& smem;
     const int thread = threadIdx.x % kWarpgroup, warp = thread / 32, lane = thread % 32;
@@ -55,28 +81,32 @@ struct Consumer {
 
     __device__ void tile(const WorkItem& w, int tile, RingPlace first) {
         const auto slot_of = [slot = first.slot](int c) { return slot + c < kRing ? slot + c : slot + c - kRing; };
-        float s[kRows / 2], part[kParts][kRows / 2];
+        float s[kRows / 2], chain[kInFlight][kRows / 2];
 #pragma unroll
-        for (int c = 0; c < kBoxes + kParts - 1; ++c) {  // a chain a box, summed while the next one runs (softmax.cuh)
-            if (c < kBoxes) {
-                if (kLoads) mbarrier_wait(&smem.ring[kWg].full[slot_of(c)], first.phase ^ (slot_of(c) < first.slot));
-                if constexpr (kMath) {
-                    wgmma_fence();
-                    const u64 k = descriptor_k_major(smem.ring[kWg].box[slot_of(c)]), q = descriptor_k_major(smem.q[c]);
+        for (int k = 0; k < kChains + kInFlight - 1; ++k) {  // a chain is added while the next one runs (softmax.cuh)
+            if (k < kChains) {
+                const int begin = k * kChainBoxes;
 #pragma unroll
-                    for (int step = 0; step < kStepsPerBox; ++step)
-                        wgmma_ss<kRows, 0, 0>(part[c % kParts], k + step * kAdvanceAlongRow, q + step * kAdvanceAlongRow,
-                                              step > 0);
-                    wgmma_commit();
+                for (int c = begin; c < begin + kChainBoxes && c < kBoxes; ++c) {
+                    if (kLoads) mbarrier_wait(&smem.ring[kWg].full[slot_of(c)], first.phase ^ (slot_of(c) < first.slot));
+                    if constexpr (kMath) {
+                        wgmma_fence();
+                        const u64 kv = descriptor_k_major(smem.ring[kWg].box[slot_of(c)]), q = descriptor_k_major(smem.q.box[c]);
+#pragma unroll
+                        for (int step = 0; step < kStepsPerBox; ++step)
+                            wgmma_ss<kRows, 0, 0>(chain[k % kInFlight], kv + step * kAdvanceAlongRow, q + step * kAdvanceAlongRow,
+                                                  c > begin || step > 0);
+                    }
                 }
+                if (kMath) wgmma_commit();
             }
-            const int done = c - (kParts - 1);
+            const int done = k - (kInFlight - 1);
             if (!kMath || done < 0) continue;
-            if (c < kBoxes) wgmma_wait<kParts - 1>();
+            if (k < kChains) wgmma_wait<kInFlight - 1>();
             else wgmma_wait<0>();
-            wgmma_fence_operands(part[done % kParts]);
+            wgmma_fence_operands(chain[done % kInFlight]);
 #pragma unroll
-            for (int i = 0; i < kRows / 2; ++i) s[i] = done == 0 ? part[0][i] : s[i] + part[done % kParts][i];
+            for (int i = 0; i < kRows / 2; ++i) s[i] = done == 0 ? chain[0][i] : s[i] + chain[done % kInFlight][i];
         }
         if constexpr (!kMath) {
             __syncwarp();
@@ -116,7 +146,7 @@ struct Consumer {
     }
 
     __device__ void mask(const WorkItem& w, int tile, float (&s)[kRows / 2]) {
-        const int lane = launder(this->lane);
+        const int thread = launder(threadIdx.x) % kWarpgroup, warp = thread / 32, lane = thread % 32;
 #pragma unroll
         for (int i = 0; i < kRows / 2; ++i) {
             const int token = tile * kTileTokens + warp * 16 + lane / 4 + (i & 2) * 4;
@@ -141,7 +171,7 @@ struct Consumer {
     }
 
     __device__ void move_reference(const float (&s)[kRows / 2]) {
-        const int lane = launder(this->lane);
+        const int thread = launder(threadIdx.x) % kWarpgroup, warp = thread / 32, lane = thread % 32;
         float top[kColumns];
 #pragma unroll
         for (int j = 0; j < kColumns; ++j) {
@@ -149,7 +179,7 @@ struct Consumer {
             top[j] = fmaxf(s[i], s[i + 2]);
 #pragma unroll
             for (int step = 4; step < 32; step *= 2) top[j] = fmaxf(top[j], __shfl_xor_sync(0xffffffffu, top[j], step));
-            if (lane < 4) smem.by_warp[kWg][warp][column_of(j, lane)] = top[j];
+            if (lane < 4) smem.maxima[kWg][warp][column_of(j, lane)] = top[j];
         }
         named_barrier_sync(kBarrierWarpgroup + kWg, kWarpgroup);
         float factor[kColumns];
@@ -157,7 +187,7 @@ struct Consumer {
         for (int j = 0; j < kColumns; ++j) {
             const int column = column_of(j, lane);
 #pragma unroll
-            for (int other = 0; other < 4; ++other) top[j] = fmaxf(top[j], smem.by_warp[kWg][other][column]);
+            for (int other = 0; other < 4; ++other) top[j] = fmaxf(top[j], smem.maxima[kWg][other][column]);
             const float moved = fmaxf(m[j], top[j] * p.softmax_scale_log2);
             factor[j] = rescale_factor(m[j], moved);
             m[j] = moved;
@@ -196,15 +226,15 @@ struct Consumer {
     // Joins the two warpgroups' halves: afterwards this one holds the sums of latent columns [256 kWg, 256 kWg + 256)
     // in o[4 kWg ...], and m, l are those of the whole.
     __device__ void join(const WorkItem& w) {
-        const int lane = launder(this->lane);
+        const int thread = launder(threadIdx.x) % kWarpgroup, warp = thread / 32, lane = thread % 32;
 #pragma unroll
         for (int j = 0; j < kColumns; ++j) {
 #pragma unroll
             for (int step = 4; step < 32; step *= 2) l[j] += __shfl_xor_sync(0xffffffffu, l[j], step);
-            if (lane < 4) smem.by_warp[kWg][warp][column_of(j, lane)] = l[j];
+            if (lane < 4) smem.sums[kWg][warp][column_of(j, lane)] = l[j];
             if (thread < 4) smem.reference[kWg][column_of(j, lane)] = m[j];
         }
-        named_barrier_sync(kBarrierConsumers, kConsumers);  // from here on nobody reads Q: its memory carries O
+        named_barrier_sync(kBarrierConsumers, kConsumers);
         float factor[kColumns];
 #pragma unroll
         for (int j = 0; j < kColumns; ++j) {
@@ -214,90 +244,41 @@ struct Consumer {
             float own_sum = 0.f, other_sum = 0.f;
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                own_sum += smem.by_warp[kWg][i][column];
-                other_sum += smem.by_warp[1 - kWg][i][column];
+                own_sum += smem.sums[kWg][i][column];
+                other_sum += smem.sums[1 - kWg][i][column];
             }
             const float own_part = own_sum * factor[j], other_part = other_sum * rescale_factor(other, joint);
             l[j] = w.invalid ? kNan : kWg == 0 ? own_part + other_part : other_part + own_part;
             m[j] = joint;
         }
-        constexpr int kPerRound = 2;  // boxes of O a round
-        static_assert(2 * kPerRound * (kRows / 2) * kWarpgroup * 4 <= sizeof(smem.q), "O does not fit in Q's memory");
-        auto* exchange = reinterpret_cast<float(*)[kPerRound][kRows / 2][kWarpgroup]>(&smem.q[0][0]);
 #pragma unroll
-        for (int round = 0; round < kBoxesV / 2 / kPerRound; ++round) {
+        for (int first = 0; first < kVectors<kRows>; first += kExchanged) {
+            if (first > 0) named_barrier_sync(kBarrierConsumers, kConsumers);
 #pragma unroll
-            for (int k = 0; k < kPerRound; ++k)
-#pragma unroll
-                for (int i = 0; i < kRows / 2; ++i)
-                    exchange[kWg][k][i][thread] =
-                        o[(1 - kWg) * 4 + round * kPerRound + k][i] * factor[column_slot(i)];
+            for (int k = 0; k < kExchanged; ++k) {
+                const int j = first + k;
+                smem.exchange[kWg][k][thread] = scaled(half(1 - kWg, j), factor[Fragment::slot(j, 0)], factor[Fragment::slot(j, 1)],
+                                                       factor[Fragment::slot(j, 2)], factor[Fragment::slot(j, 3)]);
+            }
             named_barrier_sync(kBarrierConsumers, kConsumers);
 #pragma unroll
-            for (int k = 0; k < kPerRound; ++k)
-#pragma unroll
-                for (int i = 0; i < kRows / 2; ++i) {
-                    float& own = o[kWg * 4 + round * kPerRound + k][i];
-                    own = fmaf(own, factor[column_slot(i)], exchange[1 - kWg][k][i][thread]);
-                }
-            named_barrier_sync(kBarrierConsumers, kConsumers);
-        }
-    }
-
-    // Row of accumulator column i in a part; this thread's element of box c is at [64 c] (+ 8 for its lower half).
-    __device__ float* part_row(const WorkItem& w, int part, int i) {
-        auto& slot = partial_slot<kRows>(p, w.first_cta, part);
-        return reinterpret_cast<float*>(slot.o[column_of(column_slot(i), lane)]) + warp * 16 + lane / 4 + (i & 2) * 4;
-    }
-
-    __device__ void write_part(const WorkItem& w) {
-        const int part = part_of_this_cta(p, w);
-#pragma unroll
-        for (int i = 0; i < kRows / 2; ++i) {
-            float* out = part_row(w, part, i);
-#pragma unroll
-            for (int c = kWg * 4; c < kWg * 4 + 4; ++c) out[c * 64] = o[c][i];
-        }
-        if (kWg == 0 && thread < 4)
-#pragma unroll
-            for (int j = 0; j < kColumns; ++j)
-                partial_slot<kRows>(p, w.first_cta, part).stats[column_of(j, lane)] = make_float2(m[j], l[j]);
-    }
-
-    // The result of an item, with the parts that other CTAs left of it.
-    __device__ void write_out(const WorkItem& w, int others) {
-        const int lane = launder(this->lane);
-        const int first_row = w.row_block * kRows, rows = min(kRows, p.s_q * p.h_q - first_row);
-        const int first_dim = warp * 16 + (lane & 3) * 2;
-#pragma unroll
-        for (int j = 0; j < kRows / 8; ++j) {
-            const AbsorbedRow<kRows> left(p, w, column_of(2 * j, lane), others, m[2 * j], l[2 * j]);
-            const AbsorbedRow<kRows> right(p, w, column_of(2 * j + 1, lane), others, m[2 * j + 1], l[2 * j + 1]);
-            const int row = j * 8 + lane / 4;
-            u16* out = out_row(p, w.request, first_row + row);
-#pragma unroll
-            for (int c = kWg * 4; c < kWg * 4 + 4; ++c) {
-                float d[4];
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const AbsorbedRow<kRows>& weights = i & 1 ? right : left;
-                    d[i] = o[c][j * 4 + i] * weights.own;
-#pragma unroll
-                    for (int k = 0; k < kAbsorbedParts - 1; ++k)
-                        if (k < others) d[i] = fmaf(part_row(w, k + 1, j * 4 + i)[c * 64], weights.other[k], d[i]);
-                }
-                const u32 low = movmatrix_trans(pack_elements(d[0], d[1])), high = movmatrix_trans(pack_elements(d[2], d[3]));
-                if (row < rows) {
-                    *reinterpret_cast<u32*>(out + c * 64 + first_dim) = low;
-                    *reinterpret_cast<u32*>(out + c * 64 + first_dim + 8) = high;
-                }
-            }
-            if (kWg == 0 && thread < 4) {
-                const int first = first_row + column_of(2 * j, lane);
-                if (first - first_row < rows) store_lse(p, w.request, first, left.lse);
-                if (first + 1 - first_row < rows) store_lse(p, w.request, first + 1, right.lse);
+            for (int k = 0; k < kExchanged; ++k) {
+                const int j = first + k;
+                set_vector(j, weighted(smem.exchange[1 - kWg][k][thread], vector(j), factor[Fragment::slot(j, 0)],
+                                       factor[Fragment::slot(j, 1)], factor[Fragment::slot(j, 2)], factor[Fragment::slot(j, 3)]));
             }
         }
+    }
+
+    // Vector j of boxes [4 warpgroup, 4 warpgroup + 4).
+    __device__ float4 half(int warpgroup, int j) const {
+        const float* v = &o[warpgroup * 4 + j / Fragment::kVectorsPerBox][j % Fragment::kVectorsPerBox * 4];
+        return make_float4(v[0], v[1], v[2], v[3]);
+    }
+    __device__ float4 vector(int j) const { return half(kWg, j); }
+    __device__ void set_vector(int j, float4 v) {
+        float* place = &o[kWg * 4 + j / Fragment::kVectorsPerBox][j % Fragment::kVectorsPerBox * 4];
+        place[0] = v.x, place[1] = v.y, place[2] = v.z, place[3] = v.w;
     }
 };
 

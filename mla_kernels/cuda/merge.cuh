@@ -10,11 +10,15 @@
 #include "softmax.cuh"
 
 constexpr float kLn2 = 0.693147180559945309f;
-constexpr int kVectors = kHeadDimV / 4;  // float4 a row
+
+// A part lies as the accumulators do, so that every access is 16 bytes a thread and coalesced. A kernel's `Fragment`
+// says what a thread's vector j of four accumulators is: its elements' rows, and where they go in the result.
+template <int kRows>
+constexpr int kVectors = kRows * kHeadDimV / (4 * kConsumers);  // a thread
 
 template <int kRows>
 struct PartialSlot {
-    float4 o[kRows][kVectors];
+    float4 o[kVectors<kRows>][kConsumers];
     float2 stats[kRows];  // (m, l), m in units of log2
 };
 
@@ -52,10 +56,8 @@ __device__ __forceinline__ void write_empty(const DecodeParams& p, const WorkIte
     const float fill = w.invalid ? kNan : 0.f;
     const u32 packed = pack_elements(fill, fill);
     const int thread = launder(threadIdx.x);
-    for (int i = thread; i < rows * kVectors; i += kConsumers) {
-        u16* row = out_row(p, w.request, w.row_block * kRows + i / kVectors);
-        reinterpret_cast<uint2*>(row)[i % kVectors] = make_uint2(packed, packed);
-    }
+    auto* out = reinterpret_cast<uint2*>(out_row(p, w.request, w.row_block * kRows));
+    for (int i = thread; i < rows * kHeadDimV / 4; i += kConsumers) out[i] = make_uint2(packed, packed);
     for (int r = thread; r < rows; r += kConsumers)
         store_lse(p, w.request, w.row_block * kRows + r, w.invalid ? kNan : -kInfinity);
 }
@@ -81,33 +83,71 @@ __device__ __forceinline__ void wait_for_parts(const DecodeParams& p, const Work
     named_barrier_sync(kBarrierConsumers, kConsumers);
 }
 
-// Weights that join this CTA's part of a row with `others` parts left by other CTAs.
-template <int kRows>
-struct AbsorbedRow {
-    float own, other[kAbsorbedParts - 1], lse;
+__device__ __forceinline__ float4 scaled(float4 v, float x, float y, float z, float w) {
+    return make_float4(v.x * x, v.y * y, v.z * z, v.w * w);
+}
 
-    __device__ AbsorbedRow(const DecodeParams& p, const WorkItem& w, int row, int others, float m, float l) {
-        float2 stats[kAbsorbedParts - 1];
-        float joint = m;
+// v + a * weights
+__device__ __forceinline__ float4 weighted(float4 v, float4 a, float x, float y, float z, float w) {
+    return make_float4(fmaf(a.x, x, v.x), fmaf(a.y, y, v.y), fmaf(a.z, z, v.z), fmaf(a.w, w, v.w));
+}
+
+// Leaves this CTA's part of `w` for whoever merges it.
+template <int kRows, class Consumer>
+__device__ __forceinline__ void write_part(const DecodeParams& p, const WorkItem& w, Consumer& consumer) {
+    using Fragment = typename Consumer::Fragment;
+    const int thread = launder(threadIdx.x);
+    auto& slot = partial_slot<kRows>(p, w.first_cta, part_of_this_cta(p, w));
 #pragma unroll
-        for (int k = 0; k < kAbsorbedParts - 1; ++k) {
-            stats[k] = k < others ? partial_slot<kRows>(p, w.first_cta, k + 1).stats[row] : make_float2(-kInfinity, 0.f);
-            joint = fmaxf(joint, stats[k].x);
+    for (int j = 0; j < kVectors<kRows>; ++j) slot.o[j][thread] = consumer.vector(j);
+    if (Fragment::has_stats(thread))
+#pragma unroll
+        for (int i = 0; i < Fragment::kThreadRows; ++i)
+            slot.stats[Fragment::row(thread, i)] = make_float2(consumer.m[i], consumer.l[i]);
+}
+
+// The result of an item: what this CTA has of it and the parts 1 to `others` that other CTAs left.
+template <int kRows, class Consumer>
+__device__ __forceinline__ void write_out(const DecodeParams& p, const WorkItem& w, Consumer& consumer, int others) {
+    using Fragment = typename Consumer::Fragment;
+    const int thread = launder(threadIdx.x);
+    const int first_row = w.row_block * kRows, rows = min(kRows, p.s_q * p.h_q - first_row);
+    float joint[Fragment::kThreadRows], inverse[Fragment::kThreadRows], weight[Fragment::kThreadRows];
+#pragma unroll
+    for (int i = 0; i < Fragment::kThreadRows; ++i) {
+        const int row = Fragment::row(thread, i);
+        joint[i] = consumer.m[i];
+        for (int k = 1; k <= others; ++k) joint[i] = fmaxf(joint[i], partial_slot<kRows>(p, w.first_cta, k).stats[row].x);
+        const float own = rescale_factor(consumer.m[i], joint[i]);
+        float sum = consumer.l[i] * own;
+        for (int k = 1; k <= others; ++k) {
+            const float2 stats = partial_slot<kRows>(p, w.first_cta, k).stats[row];
+            sum = fmaf(stats.y, rescale_factor(stats.x, joint[i]), sum);
         }
-        own = rescale_factor(m, joint);
-        float sum = l * own;
-#pragma unroll
-        for (int k = 0; k < kAbsorbedParts - 1; ++k) {
-            other[k] = rescale_factor(stats[k].x, joint);
-            sum = fmaf(stats[k].y, other[k], sum);
-        }
-        const float inverse = inverse_sum(sum);
-        own *= inverse;
-#pragma unroll
-        for (int k = 0; k < kAbsorbedParts - 1; ++k) other[k] *= inverse;
-        lse = natural_lse(joint, sum);
+        inverse[i] = inverse_sum(sum);
+        weight[i] = own * inverse[i];
+        if (Fragment::has_stats(thread) && row < rows) store_lse(p, w.request, first_row + row, natural_lse(joint[i], sum));
     }
-};
+#pragma unroll
+    for (int j = 0; j < kVectors<kRows>; ++j)
+        consumer.set_vector(j, scaled(consumer.vector(j), weight[Fragment::slot(j, 0)], weight[Fragment::slot(j, 1)],
+                                      weight[Fragment::slot(j, 2)], weight[Fragment::slot(j, 3)]));
+#pragma unroll 1
+    for (int k = 1; k <= others; ++k) {
+        const auto& part = partial_slot<kRows>(p, w.first_cta, k);
+#pragma unroll
+        for (int i = 0; i < Fragment::kThreadRows; ++i)
+            weight[i] = rescale_factor(part.stats[Fragment::row(thread, i)].x, joint[i]) * inverse[i];
+#pragma unroll
+        for (int j = 0; j < kVectors<kRows>; ++j)
+            consumer.set_vector(j, weighted(consumer.vector(j), part.o[j][thread], weight[Fragment::slot(j, 0)],
+                                            weight[Fragment::slot(j, 1)], weight[Fragment::slot(j, 2)],
+                                            weight[Fragment::slot(j, 3)]));
+    }
+    u16* out = out_row(p, w.request, first_row);
+#pragma unroll
+    for (int j = 0; j < kVectors<kRows>; ++j) Fragment::store(out, rows, thread, j, consumer.vector(j));
+}
 
 // The split items of many parts that this CTA takes part in, to be merged when its share is done. In shared memory: a
 // run-time index would put them on the stack.
@@ -130,78 +170,78 @@ constexpr int kMaxParts = 160;  // SMs of the largest Hopper GPU, and a few
 template <int kRows>
 struct MergeMemory {
     float4 sums[kConsumers];
-    float weights[kRows + 2 * kMaxParts];  // (part, row of the slice)
+    float weights[kMaxParts][kRows];
 };
 
-// Merges this CTA's slice, 1/n-th of the rows' vectors, of one split item of n parts.
-template <int kRows>
+// Merges this CTA's slice of one split item of n parts. A unit is what one warp holds of one vector; a slice is 1/n-th of
+// the units, in an order in which warps of the same rows are neighbours.
+template <int kRows, class Fragment>
 __device__ __forceinline__ void merge_slice(const DecodeParams& p, const WorkItem& w, MergeMemory<kRows>& smem) {
+    constexpr int kWarps = kConsumers / 32, kUnits = kVectors<kRows> * kWarps;
     u32* arrived = &p.arrivals[2 * w.first_cta];
-    if (threadIdx.x == 0) spin_until(arrived, w.parts);
-    named_barrier_sync(kBarrierConsumers, kConsumers);
-
-    const int rows = min(kRows, p.s_q * p.h_q - w.row_block * kRows), part = part_of_this_cta(p, w);
-    const int begin = rows * kVectors * part / w.parts, end = rows * kVectors * (part + 1) / w.parts;
-    const int first_row = begin / kVectors, slice_rows = (end + kVectors - 1) / kVectors - first_row;
     const int thread = launder(threadIdx.x), warp = thread / 32, lane = thread % 32;
-
-    for (int r = warp; r < slice_rows; r += kConsumers / 32) {  // a warp a row, a lane a part
-        float2 stats[kMaxParts / 32];
-        float m = -kInfinity, l = 0.f;
+    const int part = part_of_this_cta(p, w), rows = min(kRows, p.s_q * p.h_q - w.row_block * kRows);
+    const int begin = kUnits * part / w.parts, units = kUnits * (part + 1) / w.parts - begin;
+    const auto place = [](int unit) { return unit / kVectors<kRows>; };  // of a unit's warp in that order
+    const int first_row = place(begin) / 2 * Fragment::kWarpStride;
+    const int end_row = place(begin + max(units, 1) - 1) / 2 * Fragment::kWarpStride + Fragment::kWarpRows;
+    if (units > 0) {
+        if (threadIdx.x == 0) spin_until(arrived, w.parts);
+        named_barrier_sync(kBarrierConsumers, kConsumers);
+        for (int r = first_row + warp; r < end_row; r += kWarps) {  // a warp a row, a lane a part
+            float2 stats[kMaxParts / 32];
+            float m = -kInfinity, l = 0.f;
 #pragma unroll
-        for (int k = 0; k < kMaxParts / 32; ++k) {
-            const int i = k * 32 + lane;
-            stats[k] = i < w.parts ? partial_slot<kRows>(p, w.first_cta, i).stats[first_row + r] : make_float2(-kInfinity, 0.f);
-            m = fmaxf(m, stats[k].x);
+            for (int k = 0; k < kMaxParts / 32; ++k) {
+                const int i = k * 32 + lane;
+                stats[k] = i < w.parts ? partial_slot<kRows>(p, w.first_cta, i).stats[r] : make_float2(-kInfinity, 0.f);
+                m = fmaxf(m, stats[k].x);
+            }
+#pragma unroll
+            for (int step = 1; step < 32; step *= 2) m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, step));
+            if (m == -kInfinity) m = 0.f;
+#pragma unroll
+            for (int k = 0; k < kMaxParts / 32; ++k) l += stats[k].y * exp2f(stats[k].x - m);
+#pragma unroll
+            for (int step = 1; step < 32; step *= 2) l += __shfl_xor_sync(0xffffffffu, l, step);
+#pragma unroll
+            for (int k = 0; k < kMaxParts / 32; ++k)
+                if (k * 32 + lane < w.parts) smem.weights[k * 32 + lane][r] = exp2f(stats[k].x - m) * inverse_sum(l);
+            // the slice that holds the first unit of these rows writes their LSE
+            const int first_unit = r / Fragment::kWarpRows * 2 * kVectors<kRows>;
+            if (lane == 0 && r < rows && first_unit >= begin && first_unit < begin + units)
+                store_lse(p, w.request, w.row_block * kRows + r, natural_lse(m, l));
         }
-#pragma unroll
-        for (int step = 1; step < 32; step *= 2) m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, step));
-        if (m == -kInfinity) m = 0.f;
-#pragma unroll
-        for (int k = 0; k < kMaxParts / 32; ++k) l += stats[k].y * exp2f(stats[k].x - m);
-#pragma unroll
-        for (int step = 1; step < 32; step *= 2) l += __shfl_xor_sync(0xffffffffu, l, step);
-#pragma unroll
-        for (int k = 0; k < kMaxParts / 32; ++k)
-            if (k * 32 + lane < w.parts)
-                smem.weights[(k * 32 + lane) * slice_rows + r] = exp2f(stats[k].x - m) * inverse_sum(l);
-        if (lane == 0 && (first_row + r) * kVectors >= begin)
-            store_lse(p, w.request, w.row_block * kRows + first_row + r, natural_lse(m, l));
-    }
-    named_barrier_sync(kBarrierConsumers, kConsumers);
+        named_barrier_sync(kBarrierConsumers, kConsumers);
 
-    // A slice of fewer vectors than threads: `teams` threads share a vector's parts, then the first adds their sums.
-    const int vectors = end - begin, teams = vectors < kConsumers ? kConsumers / max(vectors, 1) : 1;
-    for (int base = 0; base < vectors; base += kConsumers) {
-        const int v = teams > 1 ? thread % vectors : base + thread, team = teams > 1 ? thread / vectors : 0;
-        const bool works = v < vectors && team < teams;
-        const int row = (begin + v) / kVectors, column = (begin + v) % kVectors;
-        float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-        if (works) {
+        // With fewer units than warps, `teams` warps share a unit's parts, and the first adds their sums.
+        const int teams = max(kWarps / units, 1), team = units < kWarps ? warp / units : 0;
+        for (int base = 0; base < units; base += kWarps) {
+            const int unit = units < kWarps ? warp % units : base + warp, j = (begin + unit) % kVectors<kRows>;
+            const int order = place(begin + unit), owner = (order % 2 * 4 + order / 2) * 32 + lane;
+            const bool works = unit < units && team < teams;
+            float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+            if (works) {
 #pragma unroll 8
-            for (int k = team; k < w.parts; k += teams) {
-                const float weight = smem.weights[k * slice_rows + row - first_row];
-                const float4 o = partial_slot<kRows>(p, w.first_cta, k).o[row][column];
-                sum.x = fmaf(weight, o.x, sum.x);
-                sum.y = fmaf(weight, o.y, sum.y);
-                sum.z = fmaf(weight, o.z, sum.z);
-                sum.w = fmaf(weight, o.w, sum.w);
+                for (int k = team; k < w.parts; k += teams) {
+                    const float* weights = smem.weights[k];
+                    const float4 o = partial_slot<kRows>(p, w.first_cta, k).o[j][owner];
+                    sum = weighted(sum, o, weights[Fragment::row(owner, Fragment::slot(j, 0))],
+                                   weights[Fragment::row(owner, Fragment::slot(j, 1))],
+                                   weights[Fragment::row(owner, Fragment::slot(j, 2))],
+                                   weights[Fragment::row(owner, Fragment::slot(j, 3))]);
+                }
             }
-        }
-        if (teams > 1) {
-            smem.sums[thread] = sum;
-            named_barrier_sync(kBarrierConsumers, kConsumers);
-            for (int other = 1; works && team == 0 && other < teams; ++other) {
-                const float4 more = smem.sums[other * vectors + v];
-                sum = make_float4(sum.x + more.x, sum.y + more.y, sum.z + more.z, sum.w + more.w);
+            if (teams > 1) {
+                smem.sums[thread] = sum;
+                named_barrier_sync(kBarrierConsumers, kConsumers);
+                for (int other = 1; works && team == 0 && other < teams; ++other)
+                    sum = weighted(sum, smem.sums[thread + other * units * 32], 1.f, 1.f, 1.f, 1.f);
             }
+            if (works && team == 0) Fragment::store(out_row(p, w.request, w.row_block * kRows), rows, owner, j, sum);
         }
-        if (works && team == 0) {
-            u16* out = out_row(p, w.request, w.row_block * kRows + row);
-            reinterpret_cast<uint2*>(out)[column] = make_uint2(pack_elements(sum.x, sum.y), pack_elements(sum.z, sum.w));
-        }
+        named_barrier_sync(kBarrierConsumers, kConsumers);
     }
-    named_barrier_sync(kBarrierConsumers, kConsumers);
     if (threadIdx.x == 0) {  // the last to leave resets the counters for the next launch
         if (atomic_add_acq_rel(arrived + 1, 1) == static_cast<u32>(w.parts - 1)) arrived[0] = arrived[1] = 0;
     }

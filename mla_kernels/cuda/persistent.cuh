@@ -2,7 +2,7 @@
 // of the share, and merge at its end what they share with other CTAs.
 //
 // A kernel brings its SharedMemory (ring, queue, pending, q and what it needs itself, with init_barriers()) and a
-// Consumer<warpgroup>: reset, tiles, join, write_out, write_part.
+// Consumer<warpgroup>: Fragment, reset, tiles, join, vector, set_vector.
 #pragma once
 #include "merge.cuh"
 #include "producer.cuh"
@@ -15,25 +15,27 @@ __device__ __forceinline__ void consume(const DecodeParams& p, SharedMemory& sme
     for (u32 index = 0;;) {
         const WorkItem& w = smem.queue.wait(index);
         if (w.request < 0) break;
+        mbarrier_wait(&smem.q.full, index & 1);
         if (w.tiles == 0) {
+            if ((threadIdx.x & 31) == 0) mbarrier_arrive(&smem.q.empty);
             write_empty<kRows>(p, w);
         } else {
-            load_query<kRows>(p, w, smem.q);
             consumer.reset();
             consumer.tiles(w);
+            if ((threadIdx.x & 31) == 0) mbarrier_arrive(&smem.q.empty);
             consumer.join(w);
             if (w.parts == 1 || absorbs(p, w)) {
                 if (w.parts > 1) wait_for_parts(p, w);
-                consumer.write_out(w, w.parts - 1);
+                write_out<kRows>(p, w, consumer, w.parts - 1);
             } else {
-                consumer.write_part(w);
+                write_part<kRows>(p, w, consumer);
                 announce_part(p, w, smem.pending);
             }
         }
         index = smem.queue.release(w);
     }
     auto& memory = *reinterpret_cast<MergeMemory<kRows>*>(smem.ring[0].box[0]);  // all boxes have been read
-    for (int i = 0; i < smem.pending.count; ++i) merge_slice<kRows>(p, smem.pending.item[i], memory);
+    for (int i = 0; i < smem.pending.count; ++i) merge_slice<kRows, typename Consumer::Fragment>(p, smem.pending.item[i], memory);
 }
 
 // Each role is its own instance under one if/else: otherwise ptxas serializes WGMMA or ignores setmaxnreg.
@@ -43,6 +45,7 @@ __device__ __forceinline__ void run_cta(const DecodeParams& p, SharedMemory& sme
     if (threadIdx.x == 0) {
         smem.ring[0].init_barriers();
         smem.ring[1].init_barriers();
+        smem.q.init_barriers();
         smem.queue.init_barriers();
         smem.init_barriers();
         smem.pending.count = 0;
@@ -52,6 +55,7 @@ __device__ __forceinline__ void run_cta(const DecodeParams& p, SharedMemory& sme
     if (threadIdx.x >= kConsumers) {
         setmaxnreg_dec<kProducerRegisters>();
         if (threadIdx.x < kConsumers + 32) produce(p, smem.ring, smem.queue);
+        else if (threadIdx.x < kConsumers + 64) fetch_queries<kRows>(p, smem.q, smem.queue);
     } else if (threadIdx.x < kWarpgroup) {
         setmaxnreg_inc<kConsumerRegisters>();
         Consumer<0> consumer{p, smem};

@@ -46,7 +46,8 @@ __device__ __forceinline__ RingPlace ring_place(u32 ordinal, int c) {
     return {static_cast<int>(box % kSlots), box / kSlots & 1};
 }
 
-// Work items on their way from the producer to the consumers. `request` < 0 ends the share.
+// Work items on their way from the producer to the consumers and the warp that loads their queries. `request` < 0 ends
+// the share.
 struct ItemQueue {
     static constexpr int kSlots = 4;
     WorkItem item[kSlots];
@@ -55,7 +56,7 @@ struct ItemQueue {
     __device__ void init_barriers() {
         for (int i = 0; i < kSlots; ++i) {
             mbarrier_init(&full[i], 1);
-            mbarrier_init(&empty[i], kConsumers / 32);
+            mbarrier_init(&empty[i], kConsumers / 32 + 1);
         }
     }
     __device__ WorkItem& push(const WorkItem& w) {  // by one thread
@@ -69,7 +70,7 @@ struct ItemQueue {
         mbarrier_wait(&full[index % kSlots], index / kSlots & 1);
         return item[index % kSlots];
     }
-    __device__ u32 release(const WorkItem& w) {  // by every consumer warp; returns the next item's index
+    __device__ u32 release(const WorkItem& w) {  // by every warp that waits; returns the next item's index
         const u32 next = w.index + 1;
         __syncwarp();  // no lane reads `w` any more
         if ((threadIdx.x & 31) == 0) mbarrier_arrive(&empty[(next - 1) % kSlots]);

@@ -9,7 +9,7 @@
 
 struct alignas(64) DecodeParams {
     TensorMap kv_map;          // (576 columns, page_size tokens, num_pages), boxes of 64 x 64
-    const u16* q;              // (b, s_q, h_q, 576)
+    TensorMap q_map;           // (576 columns, s_q * h_q rows, b), boxes of 64 x a CTA's rows
     u16* out;                  // (b, s_q, h_q, 512)
     float* lse;                // (b, h_q, s_q), natural log
     const int* block_table;    // (b, max_pages)

@@ -5,12 +5,14 @@
 // after a sequence's first tile the rescaling almost never happens.
 //
 // Scores are summed in short chains. The tensor core truncates when it adds to its accumulator: over the 36 steps of a
-// 576-long dot product that takes about 8e-7 of a score away (an LSE of 47 was off by 4e-5). So a chain ends with its box
-// and the nine are added in fp32; what truncation still takes on average is given back through the scale (decode.py).
+// 576-long dot product that takes up to 8e-7 of a score away, and not evenly (an LSE of 47 was off by 4e-5). So a chain is
+// one box long, or two of bf16, and fp32 adds the chains; what truncation still takes on average is given back through the
+// scale (decode.py). Worst LSE of the fp64 grid: 8.6e-6 with one box, bf16 8.4e-6 and fp16 1.1e-5 with two, 1.5e-5 with three.
 #pragma once
 #include "layout.cuh"
 
 constexpr float kSlack = 8.f;
+constexpr int kChainBoxes = MLA_BF16 ? 2 : 1;
 
 __device__ __forceinline__ bool passes_reference(float score, float scale_log2, float m) {
     return fmaf(score, scale_log2, -m) > kSlack;

@@ -119,9 +119,13 @@ static void consumer_main(int warpgroup) {
     }
 }
 
+static void query_main() {  // fetch_queries() of query.cuh, as far as the queue knows
+    for (u32 index = 0; queue.wait(index).request >= 0; ++index) mbarrier_arrive(&queue.empty[index % ItemQueue::kSlots]);
+}
+
 int main(int, char** arguments) {
     generator.seed(static_cast<u32>(std::atoi(arguments[1])));
-    std::vector<Fiber> fibers(40);
+    std::vector<Fiber> fibers(41);
     for (int round = std::atoi(arguments[2]); round > 0; --round) {
         const int b = 1 + static_cast<int>(generator() % 6), max_pages = 12;
         std::vector<int> lengths(b), table(b * max_pages);
@@ -145,13 +149,14 @@ int main(int, char** arguments) {
         queue.init_barriers();
         for (int i = 0; i < 32; ++i) start(fibers[i], 256 + i, [] { produce(params, rings, queue); });
         for (int i = 0; i < 8; ++i) start(fibers[32 + i], i * 32, [i] { consumer_main(i / 4); });
-        const int lag = static_cast<int>(generator() % 40);  // a warp that hardly gets to run
+        start(fibers[40], 288, query_main);
+        const int lag = static_cast<int>(generator() % fibers.size());  // a warp that hardly gets to run
         const int landing = 1 + static_cast<int>(generator() % 15), newest_first = static_cast<int>(generator() % 100);
         long idle = 0;
         while (std::any_of(fibers.begin(), fibers.end(), [](const Fiber& fiber) { return !fiber.finished; })) {
             if (++idle > 20'000'000) fail("nothing moves: a deadlock");
             if (!in_flight.empty() && chance(landing)) land_one(newest_first);
-            const int next = static_cast<int>(generator() % 40);
+            const int next = static_cast<int>(generator() % fibers.size());
             if ((next == lag && !chance(5)) || fibers[next].finished) continue;
             run(fibers[next]);
         }
