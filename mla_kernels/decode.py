@@ -19,9 +19,10 @@ _THREADS = 384
 _SWAPPED_ROWS = (8, 16, 32)  # query rows a CTA of decode_swapped.cu
 _ROWS = 64  # and of decode_rows.cu
 
-# Tensor cores truncate: a score summed in chains of two boxes comes out 8.5e-8 of itself too small on
-# average (LSE of 45, H200). A little more makes the worst row best (cuda/softmax.cuh, test_truncation.py).
-_TRUNCATION = 1.1e-7
+# Tensor cores truncate: a score summed in chains of two boxes (bf16) comes out 8.5e-8 of itself too small on
+# average, in chains of one (fp16) 4.2e-8 (LSE of 45, H200). A little more than that makes the worst row best
+# (cuda/softmax.cuh, tests/test_truncation.py).
+_TRUNCATION = {torch.bfloat16: 1.1e-7, torch.float16: 7e-8}
 
 _WORK = {"decode": 0, "stream": 1, "mma": 2, "skeleton": 3}  # enum class Work of cuda/producer.cuh
 BLOCKS = ("stream", "mma", "skeleton")
@@ -178,7 +179,7 @@ def _launch(q, kv_cache, block_table, cache_seqlens, scale, causal, out, lse, wo
             cache_seqlens=cache_seqlens.data_ptr(),
             partials=partials.data_ptr(),
             arrivals=launch.arrivals(device).address(stream),
-            softmax_scale_log2=scale * math.log2(math.e) * (1 + _TRUNCATION),
+            softmax_scale_log2=scale * math.log2(math.e) * (1 + _TRUNCATION[q.dtype]),
             b=b,
             s_q=s_q,
             h_q=h_q,
