@@ -118,7 +118,7 @@ def plot_batch(record: Record) -> pd.DataFrame:
     _draw_sweep(axes, record, data, "b", fits.fit_fixed_cost(record))
     axes.set(
         xlabel="sequences in the batch (4,096 tokens each)",
-        title="Bandwidth grows with the batch as the fixed cost predicts",
+        title="Bandwidth grows with the batch, later than a fixed cost predicts",
     )
     axes.legend(loc="lower right")
     style.show(figure, record)
