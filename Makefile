@@ -79,7 +79,11 @@ test-gpu: $(READY) ## verify the kernels against fp64 and record the outcome (Ho
 	  "$$gpu"); \
 	$(PY) -m pytest -q tests/gpu --record "data/$$folder/verification.json" $(ARGS)
 
+.PHONY: peers
+peers: $(READY) ## fetch other people's kernels (public wheels, 270 MB) into .peers, for make record
+	@$(PY) -m mla_kernels.measure.peers fetch $(ARGS)
+
 .PHONY: clean
-clean: ## remove what make made: .venv, build, caches
-	rm -rf .venv build .pytest_cache .ruff_cache .hypothesis mla_kernels.egg-info
+clean: ## remove what make made: .venv, .peers, build, caches
+	rm -rf .venv .peers build .pytest_cache .ruff_cache .hypothesis mla_kernels.egg-info
 	find mla_kernels tests notebooks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

@@ -70,13 +70,13 @@ def merge(steps: Sequence[Step]) -> list[Step]:
     """One step for each workload and rotation, with all that the given ones ask of it."""
     merged: dict[tuple, Step] = {}
     for step in steps:
-        key = (step.workload, step.rotate)
+        key = (step.workload, step.rotate, step.poison)
         first = merged.setdefault(key, step)
         wanted = {
             name: tuple(dict.fromkeys(getattr(first, name) + getattr(step, name)))
             for name in ("implementations", "sustain", "count")
         }
-        merged[key] = replace(first, **wanted)
+        merged[key] = replace(first, **wanted, host=first.host or step.host)
     return list(merged.values())
 
 

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mla_kernels.arguments import HEAD_DIM_V
+from mla_kernels.arguments import HEAD_DIM, HEAD_DIM_V
 
-from .figures import DECODE, flop
-from .records import Accuracy, Measurement, Point, Workload
+from .bound import Bound, measure_host, measure_memory
+from .figures import DECODE, ELEMENT_BYTES, flop
+from .records import PEER, Accuracy, Host, Measurement, Memory, Point, Workload
 from .timing import Loop, burst, capture, sustained
 from .workloads import Inputs, materialize, sets_to_defeat_l2
 
@@ -31,7 +31,9 @@ CHECK_FLOP = 1e12  # fp64 work allowed for one check: tens of milliseconds on a 
 class Step:
     """What to measure at one workload: ``implementations`` in a burst, those of ``sustain`` also under load.
 
-    ``rotate`` False reads one KV set again and again. ``count``: those to run under the profiler.
+    ``rotate`` False reads one KV set again and again. ``count``: those to run under the profiler. ``poison``
+    False leaves finite values where nothing should be read: some peers multiply what they mask.
+    ``host``: also time eager calls on the host, and measure memory.
     """
 
     workload: Workload
@@ -39,14 +41,8 @@ class Step:
     sustain: tuple[str, ...] = ()
     rotate: bool = True
     count: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Bound:
-    """An implementation bound to its inputs: one call for each KV set, and the output they all write."""
-
-    calls: Sequence[Callable[[], object]]
-    out: torch.Tensor | None = None
+    poison: bool = True
+    host: bool = False
 
 
 def bind(implementation: str, inputs: Inputs) -> Bound:
@@ -63,7 +59,12 @@ def bind(implementation: str, inputs: Inputs) -> Bound:
 
         kind = implementation.removeprefix("block:")
         return Bound([functools.partial(decode_block, kind, *args) for args in tensors])
-    raise ValueError(f"implementation {implementation!r} is unknown; known are {DECODE}, {', '.join(BLOCKS)}")
+    if implementation.startswith(PEER):
+        from .peers import find
+
+        return find(implementation).bind(inputs)
+    known = ", ".join((DECODE, *BLOCKS, f"{PEER}NAME"))
+    raise ValueError(f"implementation {implementation!r} is unknown; known are {known}")
 
 
 @dataclass
@@ -72,9 +73,27 @@ class _Outcome:
 
     error: Accuracy | None = None
     loop: Loop | None = None
+    kv_sets: int = 0
+    host: Host | None = None
+    memory: Memory | None = None
     status: str = "ok"
     reason: str | None = None
     measured: list[Measurement] = field(default_factory=list)
+
+    def prepare(self, step: Step, name: str, inputs: Inputs, seed: int) -> None:
+        """Bind, check, capture. Raises what these raise, ArithmeticError for a wrong result."""
+        if step.host:
+            bound, self.memory = measure_memory(lambda: bind(name, inputs), pool_bytes(inputs))
+        else:
+            bound = bind(name, inputs)
+        if bound.out is not None:
+            self.error = check(inputs, bound, seed)
+            if excess := self.error.excess(step.workload.dtype, name.startswith(PEER)):
+                raise ArithmeticError(excess)
+        if step.host:
+            self.host = measure_host(bound)
+        self.loop = capture(name, bound.calls)
+        self.kv_sets = len(bound.calls)
 
     def stop(self, error: Exception) -> None:
         unsupported = isinstance(error, NotImplementedError) or type(error).__name__ == "OutOfMemoryError"
@@ -91,15 +110,10 @@ def measure(step: Step, *, l2_bytes: int, seed: int) -> list[Point]:
     outcomes = {name: _Outcome() for name in step.implementations}
     alive = lambda: [outcome for outcome in outcomes.values() if outcome.status == "ok"]  # noqa: E731
     try:
-        inputs = materialize(step.workload, seed=seed, sets=sets)
+        inputs = materialize(step.workload, seed=seed, sets=sets, poison=step.poison)
         for name, outcome in outcomes.items():
             try:
-                bound = bind(name, inputs)
-                if bound.out is not None:
-                    outcome.error = check(inputs, bound, seed)
-                    if excess := outcome.error.excess(step.workload.dtype):
-                        raise ArithmeticError(excess)
-                outcome.loop = capture(name, bound.calls)
+                outcome.prepare(step, name, inputs, seed)
             except Exception as error:
                 outcome.stop(error)
         if alive():
@@ -118,10 +132,18 @@ def measure(step: Step, *, l2_bytes: int, seed: int) -> list[Point]:
 
 
 def _to_points(step: Step, name: str, outcome: _Outcome, sets: int) -> list[Point]:
-    point = {"implementation": name, "workload": step.workload, "kv_sets": sets, "error": outcome.error}
+    point = {"implementation": name, "workload": step.workload, "error": outcome.error}
     if outcome.status != "ok":
-        return [Point(**point, mode="burst", status=outcome.status, reason=outcome.reason)]
+        return [Point(**point, kv_sets=sets, mode="burst", status=outcome.status, reason=outcome.reason)]
+    point |= {"kv_sets": outcome.kv_sets, "host": outcome.host, "memory": outcome.memory}
     return [Point(**point, status="ok", **measurement.model_dump()) for measurement in outcome.measured]
+
+
+def pool_bytes(inputs: Inputs) -> int:
+    """Bytes of the pages that one KV set occupies."""
+    workload = inputs.workload
+    pages = sum(-(-length // workload.page_size) for length in workload.lengths)
+    return pages * workload.page_size * HEAD_DIM * ELEMENT_BYTES
 
 
 def check(inputs: Inputs, bound: Bound, seed: int) -> Accuracy:
@@ -132,23 +154,21 @@ def check(inputs: Inputs, bound: Bound, seed: int) -> Accuracy:
     """
     import torch
 
-    from mla_kernels.reference import mla_decode_reference
-
     chosen = sequences_to_check(inputs.workload, seed)
     rows = torch.tensor(chosen, device=inputs.q.device)
+    oracle = bound.oracle or functools.partial(absorbed_oracle, inputs)
     squared_error = squared_norm = worst_lse = 0.0
+    has_lse = True
     for index in sorted({0, len(bound.calls) - 1}):
         bound.out.fill_(float("nan"))
-        out, lse = bound.calls[index]()
-        table = inputs.block_tables[index][rows]
-        expected_out, expected_lse = mla_decode_reference(
-            inputs.q[rows], inputs.kv_cache, table, inputs.cache_seqlens[rows], causal=inputs.workload.causal
-        )
+        out, lse = bound.unpack(bound.calls[index]())
+        expected_out, expected_lse = oracle(index, rows)
         squared_error += (out[rows].double() - expected_out).square().sum().item()
         squared_norm += expected_out.square().sum().item()
-        lse = lse[rows].double()
-        difference = torch.where(lse == expected_lse, 0.0, (lse - expected_lse).abs())  # -inf equals -inf
-        worst_lse = max(worst_lse, difference.nan_to_num(nan=math.inf, posinf=math.inf).max().item())
+        if has_lse := lse is not None:
+            lse = lse[rows].double()
+            difference = torch.where(lse == expected_lse, 0.0, (lse - expected_lse).abs())  # -inf equals -inf
+            worst_lse = max(worst_lse, difference.nan_to_num(nan=math.inf, posinf=math.inf).max().item())
     relative = math.sqrt(squared_error / squared_norm) if squared_norm else math.sqrt(squared_error)
     if not (math.isfinite(relative) and math.isfinite(worst_lse)):
         raise ArithmeticError(
@@ -156,7 +176,21 @@ def check(inputs: Inputs, bound: Bound, seed: int) -> Accuracy:
         )
     b = inputs.workload.b
     subset = f"all {b} sequences" if len(chosen) == b else f"{len(chosen)} of {b} sequences, at random"
-    return Accuracy(out_rel_l2=relative, lse_max_abs=worst_lse, reference=f"fp64 oracle, {subset}")
+    return Accuracy(
+        out_rel_l2=relative,
+        lse_max_abs=worst_lse if has_lse else None,
+        reference=f"fp64 oracle, {subset}",
+    )
+
+
+def absorbed_oracle(inputs: Inputs, index: int, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """out and lse in fp64 of the sequences ``rows`` on KV set ``index``."""
+    from mla_kernels.reference import mla_decode_reference
+
+    table, causal = inputs.block_tables[index][rows], inputs.workload.causal
+    return mla_decode_reference(
+        inputs.q[rows], inputs.kv_cache, table, inputs.cache_seqlens[rows], causal=causal
+    )
 
 
 def sequences_to_check(workload: Workload, seed: int) -> list[int]:

@@ -98,12 +98,14 @@ def materialize(
     seed: int = 0,
     device: str | torch.device = "cuda",
     sets: int = 1,
+    poison: bool = True,
 ) -> Inputs:
     """Random inputs of which a kernel that reads what it should not gets NaN or a wild page id.
 
     Pages of all sets are in random order in one pool. Slots past a sequence's end and pages of no sequence
     are NaN, table entries past a sequence's last page are out of range. With softmax_scale = 576 ** -0.5
-    the logits have standard deviation ``logit_std``.
+    the logits have standard deviation ``logit_std``. ``poison`` False: numbers in place of NaN, page 0 in
+    place of wild page ids.
     """
     import torch
 
@@ -114,7 +116,7 @@ def materialize(
     num_pages = sets * int(pages.sum()) + SPARE_PAGES
 
     rng = np.random.default_rng(seed)
-    wild = np.array([-1, num_pages, num_pages + 12345, 2**31 - 1, -(2**31)])
+    wild = np.array([-1, num_pages, num_pages + 12345, 2**31 - 1, -(2**31)] if poison else [0])
     tables = rng.choice(wild, (sets, workload.b, table_width))
     in_use = np.broadcast_to(np.arange(table_width) < pages[:, None], tables.shape)
     tables[in_use] = rng.permutation(num_pages)[: in_use.sum()]
@@ -129,8 +131,9 @@ def materialize(
     generator = torch.Generator(device).manual_seed(seed)
     kv_cache = torch.empty(num_pages, page_size, 1, HEAD_DIM, dtype=dtype, device=device)
     kv_cache.normal_(generator=generator)
-    unused = torch.arange(page_size, device=device) >= to_device(filled)[:, None]
-    kv_cache[unused] = float("nan")
+    if poison:
+        unused = torch.arange(page_size, device=device) >= to_device(filled)[:, None]
+        kv_cache[unused] = float("nan")
     q = torch.empty(workload.b, workload.s_q, workload.h_q, HEAD_DIM, dtype=dtype, device=device)
     q.normal_(0.0, logit_std, generator=generator)
     return Inputs(workload, q, kv_cache, to_device(tables), to_device(lengths))

@@ -1,0 +1,47 @@
+"""Peers without a GPU: what is missing says so, and what plain PyTorch can run is right."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mla_kernels.measure import points
+from mla_kernels.measure.peers import PEERS, PeerUnavailable, find
+from mla_kernels.measure.workloads import materialize, uniform
+
+FROM_WHEELS = ("flash_mla", "fa3", "flashinfer_fa3", "flashinfer_fa2", "fa2_decompressed", "vllm_triton")
+
+
+@pytest.mark.parametrize("name", FROM_WHEELS)
+def test_a_peer_that_was_not_fetched_names_the_remedy(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLA_KERNELS_PEERS", str(tmp_path))
+    with pytest.raises(PeerUnavailable, match=r"is not there: run `make peers`"):
+        find(f"peer:{name}")
+
+
+def test_an_unknown_peer_is_named_with_those_that_exist() -> None:
+    with pytest.raises(ValueError, match=r"peer 'fa9' is unknown; known are flash_mla, fa3"):
+        points.bind("peer:fa9", materialize(uniform(1, 64, h_q=2), device="cpu"))
+
+
+@pytest.mark.parametrize("name", ["torch_absorbed", "torch_decompressed"])
+@pytest.mark.parametrize(("s_q", "causal"), [(1, False), (3, True)])
+def test_plain_pytorch_agrees_with_the_oracle(name: str, s_q: int, causal: bool) -> None:
+    workload = uniform(3, 130, h_q=4, s_q=s_q).model_copy(update={"lengths": [130, 64, 7], "causal": causal})
+    inputs = materialize(workload, device="cpu")
+    accuracy = points.check(inputs, PEERS[name].bind(inputs), seed=0)
+    assert accuracy.out_rel_l2 < 1.2e-2
+
+
+def test_the_check_sees_a_wrong_peer() -> None:
+    inputs = materialize(uniform(2, 100, h_q=4), device="cpu")
+    right = PEERS["torch_decompressed"].bind(inputs)
+
+    def wrong() -> object:
+        result = right.calls[0]()
+        right.unpack(result)[0].mul_(1.1)
+        return result
+
+    assert points.check(inputs, replace(right, calls=[wrong]), seed=0).out_rel_l2 > 0.09
