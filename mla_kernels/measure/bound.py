@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     Oracle = Callable[[int, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 HOST_BATCHES = 9
+HOST_SECONDS = 0.5  # after which fewer batches will do,
+HOST_BATCHES_AT_LEAST = 3
 HOST_CALLS = 32  # a batch; few enough that the driver's launch queue (1024) never fills and blocks the host
 PLAN_CALLS = 3
 
@@ -51,9 +53,12 @@ def measure_host(bound: Bound) -> Host:
     calls = [bound.calls[i % len(bound.calls)] for i in range(HOST_CALLS)]
     bound.calls[0]()
     samples = []
+    enough = time.perf_counter() + HOST_SECONDS
     for _ in range(HOST_BATCHES):
         torch.cuda.synchronize()
         begin = time.perf_counter()
+        if begin > enough and len(samples) >= HOST_BATCHES_AT_LEAST:
+            break
         for call in calls:
             call()
         samples.append((time.perf_counter() - begin) * 1e6 / len(calls))

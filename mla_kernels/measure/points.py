@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,6 +24,8 @@ from .workloads import Inputs, materialize, sets_to_defeat_l2
 
 if TYPE_CHECKING:
     import torch
+
+    Known = dict[int, tuple[torch.Tensor, torch.Tensor]]  # by KV set: out and lse of the checked sequences
 
 BLOCKS = ("block:stream", "block:mma", "block:skeleton")
 CHECK_FLOP = 1e12  # fp64 work allowed for one check: tens of milliseconds on a data-centre GPU
@@ -80,14 +84,14 @@ class _Outcome:
     reason: str | None = None
     measured: list[Measurement] = field(default_factory=list)
 
-    def prepare(self, step: Step, name: str, inputs: Inputs, seed: int) -> None:
+    def prepare(self, step: Step, name: str, inputs: Inputs, seed: int, known: Known) -> None:
         """Bind, check, capture. Raises what these raise, ArithmeticError for a wrong result."""
         if step.host:
             bound, self.memory = measure_memory(lambda: bind(name, inputs), pool_bytes(inputs))
         else:
             bound = bind(name, inputs)
         if bound.out is not None:
-            self.error = check(inputs, bound, seed)
+            self.error = check(inputs, bound, seed, known)
             if excess := self.error.excess(step.workload.dtype, name.startswith(PEER)):
                 raise ArithmeticError(excess)
         if step.host:
@@ -98,24 +102,40 @@ class _Outcome:
     def stop(self, error: Exception) -> None:
         unsupported = isinstance(error, NotImplementedError) or type(error).__name__ == "OutOfMemoryError"
         self.status = "skipped" if unsupported else "failed"
-        self.reason = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+        self.reason = f"{type(error).__name__}: {one_line(error)}"
 
 
-def measure(step: Step, *, l2_bytes: int, seed: int) -> list[Point]:
-    """Points of a step: one for each implementation in a burst, then the sustained ones."""
+def one_line(error: object) -> str:
+    """What an error says, as a reason that a point can keep."""
+    return " ".join(str(error).split())[:400]
+
+
+def measure(
+    step: Step, *, l2_bytes: int, seed: int, absent: Mapping[str, str] = MappingProxyType({})
+) -> list[Point]:
+    """Points of a step: one for each implementation in a burst, then the sustained ones.
+
+    ``absent``: implementations known not to run here, with the reason; they are not tried.
+    """
     import torch
 
     torch.cuda.empty_cache()  # graphs of the step before kept their pools
     sets = sets_to_defeat_l2(step.workload, l2_bytes) if step.rotate else 1
     outcomes = {name: _Outcome() for name in step.implementations}
+    for name in absent.keys() & outcomes.keys():
+        outcomes[name].status, outcomes[name].reason = "skipped", one_line(absent[name])
+    known: Known = {}
     alive = lambda: [outcome for outcome in outcomes.values() if outcome.status == "ok"]  # noqa: E731
     try:
         inputs = materialize(step.workload, seed=seed, sets=sets, poison=step.poison)
         for name, outcome in outcomes.items():
+            if outcome.status != "ok":
+                continue
             try:
-                outcome.prepare(step, name, inputs, seed)
+                outcome.prepare(step, name, inputs, seed, known)
             except Exception as error:
                 outcome.stop(error)
+        known.clear()
         if alive():
             bursts = burst([outcome.loop for outcome in alive()])
             for outcome in alive():
@@ -146,23 +166,27 @@ def pool_bytes(inputs: Inputs) -> int:
     return pages * workload.page_size * HEAD_DIM * ELEMENT_BYTES
 
 
-def check(inputs: Inputs, bound: Bound, seed: int) -> Accuracy:
+def check(inputs: Inputs, bound: Bound, seed: int, known: Known | None = None) -> Accuracy:
     """Error against the fp64 oracle on the first and the last KV set, into a poisoned output.
 
     Where all sequences would take more than ``CHECK_FLOP``, a random subset of them. Raises ArithmeticError
-    for NaN or infinity where the oracle has none.
+    for NaN or infinity where the oracle has none. ``known`` keeps what the absorbed oracle gives, for the
+    next implementation on the same inputs.
     """
     import torch
 
     chosen = sequences_to_check(inputs.workload, seed)
     rows = torch.tensor(chosen, device=inputs.q.device)
     oracle = bound.oracle or functools.partial(absorbed_oracle, inputs)
+    known = {} if known is None or bound.oracle else known
     squared_error = squared_norm = worst_lse = 0.0
     has_lse = True
     for index in sorted({0, len(bound.calls) - 1}):
         bound.out.fill_(float("nan"))
         out, lse = bound.unpack(bound.calls[index]())
-        expected_out, expected_lse = oracle(index, rows)
+        if index not in known:
+            known[index] = oracle(index, rows)
+        expected_out, expected_lse = known[index]
         squared_error += (out[rows].double() - expected_out).square().sum().item()
         squared_norm += expected_out.square().sum().item()
         if has_lse := lse is not None:

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 ROUNDS = 15
 WARMUP_REPLAYS = 4
 SAMPLE_US = 2000.0
-HOST_BOUND_US = 60.0  # an eager call that seems shorter may be all host time
-MIN_SHORT_CALLS = 200  # so that even 1 µs calls make a sample of 200 µs
+HOST_BOUND_US = 500.0  # an eager call that seems shorter may be host time: a short graph tells
+PROBE_CALLS = 8  # in that graph
 SUSTAINED_SECONDS = 3.0
 RAMP_SECONDS = 1.0  # until the card has met its power cap; not in the window
 CHUNK_US = 50_000.0
@@ -57,36 +57,51 @@ def capture(name: str, rotation: Sequence[Callable[[], object]], sample_us: floa
     with torch.cuda.stream(stream):  # capture needs a side stream, and what is warmed up there
         for _ in range(2):
             rotation[0]()
-        probe = rotation[:4]
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        for call in probe:
-            call()
-        end.record()
-        end.synchronize()
-        repeats = calls_per_sample(begin.elapsed_time(end) * 1e3 / len(probe), sample_us) / len(rotation)
-        repeats = max(1, math.ceil(repeats))
-
-        graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        graph.capture_begin(capture_error_mode="thread_local")
-        try:
-            for _ in range(repeats):
-                for call in rotation:
-                    call()
-        except BaseException:
-            with contextlib.suppress(Exception):  # the capture is void; what matters is why
-                graph.capture_end()
-            raise
-        graph.capture_end()
+        call_us = _time_us(rotation[:4])
+        if call_us < HOST_BOUND_US:
+            probe = _graph_of(rotation[:PROBE_CALLS])
+            probe.replay()
+            call_us = _time_us([probe.replay]) / len(rotation[:PROBE_CALLS])
+        repeats = max(1, math.ceil(calls_per_sample(call_us, sample_us) / len(rotation)))
+        graph = _graph_of([*rotation] * repeats)
     torch.cuda.current_stream().wait_stream(stream)
     return Loop(name, graph, repeats * len(rotation), rotation)
 
 
-def calls_per_sample(eager_us: float, sample_us: float = SAMPLE_US) -> int:
-    """Calls that make a sample of about ``sample_us`` when one takes ``eager_us`` outside a graph."""
-    calls = max(1, math.ceil(sample_us / max(eager_us, 1.0)))
-    return max(calls, MIN_SHORT_CALLS) if eager_us < HOST_BOUND_US else calls
+def _graph_of(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
+    """``calls`` in a row, captured on the current stream."""
+    import torch
+
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    graph.capture_begin(capture_error_mode="thread_local")
+    try:
+        for call in calls:
+            call()
+    except BaseException:
+        with contextlib.suppress(Exception):  # the capture is void; what matters is why
+            graph.capture_end()
+        raise
+    graph.capture_end()
+    return graph
+
+
+def _time_us(calls: Sequence[Callable[[], object]]) -> float:
+    """Mean time of ``calls`` on the current stream, one after another, at least 1 µs."""
+    import torch
+
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    for call in calls:
+        call()
+    end.record()
+    end.synchronize()
+    return max(begin.elapsed_time(end) * 1e3 / len(calls), 1.0)
+
+
+def calls_per_sample(call_us: float, sample_us: float = SAMPLE_US) -> int:
+    """Calls of ``call_us`` that make a sample of about ``sample_us``."""
+    return max(1, math.ceil(sample_us / max(call_us, 1.0)))
 
 
 def burst(loops: Sequence[Loop], rounds: int = ROUNDS) -> dict[str, Measurement]:
@@ -137,7 +152,8 @@ def sustained(
     """
     import torch
 
-    replay_us = _time_replay_us(loop)
+    loop.graph.replay()
+    replay_us = _time_us([loop.graph.replay])
     replays = max(1, round(CHUNK_US / replay_us))
     marks: list[torch.cuda.Event] = []  # one after each chunk
 
@@ -183,18 +199,6 @@ def sustained(
             throttle=decode_throttle(throttle),
         ),
     )
-
-
-def _time_replay_us(loop: Loop) -> float:
-    import torch
-
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    loop.graph.replay()
-    begin.record()
-    loop.graph.replay()
-    end.record()
-    end.synchronize()
-    return max(begin.elapsed_time(end) * 1e3, 1.0)
 
 
 def _per_call_us(begin: torch.cuda.Event, end: torch.cuda.Event, calls: int) -> float:

@@ -1,11 +1,14 @@
 """The check that precedes every timing, and points that fail without ending the run."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from mla_kernels.measure import points
 from mla_kernels.measure.figures import flop
 from mla_kernels.measure.points import CHECK_FLOP, Bound, Step, bind, check, measure, sequences_to_check
-from mla_kernels.measure.timing import HOST_BOUND_US, MIN_SHORT_CALLS, SAMPLE_US, calls_per_sample
+from mla_kernels.measure.timing import SAMPLE_US, calls_per_sample
 from mla_kernels.measure.workloads import explicit, materialize, uniform
 from mla_kernels.reference import mla_decode_reference
 
@@ -109,11 +112,33 @@ def test_an_unknown_implementation_is_named():
         bind("block:magic", inputs)
 
 
-@pytest.mark.parametrize("eager_us", [0.0, 5.0, 40.0, 61.0, 150.0, 5000.0])
-def test_a_sample_is_long_enough(eager_us):
-    calls = calls_per_sample(eager_us)
-    assert calls * max(eager_us, 1.0) >= SAMPLE_US
-    if eager_us < HOST_BOUND_US:  # may be a kernel of a few µs behind a slow host
-        assert calls >= MIN_SHORT_CALLS
-    else:
-        assert (calls - 1) * eager_us < SAMPLE_US, "longer than it must be"
+@pytest.mark.parametrize("call_us", [0.0, 5.0, 40.0, 61.0, 150.0, 5000.0])
+def test_a_sample_is_long_enough_and_no_longer(call_us):
+    calls = calls_per_sample(call_us)
+    assert calls * max(call_us, 1.0) >= SAMPLE_US
+    assert calls == 1 or (calls - 1) * call_us < SAMPLE_US
+
+
+def test_the_oracle_of_an_input_is_computed_once(attention, monkeypatch):
+    inputs, bound = attention(uniform(2, 100, h_q=3))
+    asked = []
+    real = points.absorbed_oracle
+    monkeypatch.setattr(points, "absorbed_oracle", lambda *a: (asked.append(a[1]), real(*a))[1])
+    known = {}
+    first, second = (check(inputs, bound, seed=0, known=known) for _ in range(2))
+    assert asked == [0, 1] and first == second and first.out_rel_l2 > 0
+    own = replace(
+        bound, oracle=lambda index, rows: real(inputs, index, rows)
+    )  # is asked, and leaves no trace
+    known = {0: None, 1: None}
+    assert check(inputs, own, seed=0, known=known) == first and known == {0: None, 1: None}
+
+
+def test_what_is_known_to_be_absent_is_not_tried(monkeypatch):
+    monkeypatch.setattr(points, "bind", lambda *a: pytest.fail("was tried"))
+    monkeypatch.setattr(points, "materialize", lambda workload, **k: None)
+    step = Step(uniform(2, 64, h_q=16), ("peer:a", "peer:b"), sustain=("peer:a",))
+    (a, b) = measure(
+        step, l2_bytes=1 << 20, seed=0, absent={"peer:a": "no\nlibrary", "peer:b": "x", "c": "y"}
+    )
+    assert (a.status, a.reason, b.reason) == ("skipped", "no library", "x")
