@@ -9,31 +9,49 @@ from pathlib import Path
 from .experiments import EXPERIMENTS
 from .freshness import problems, record_files
 from .provenance import DATA, ROOT, UnknownCommit, data_folder, gpu_folder
-from .records import RecordError, load_record, save_record
+from .records import Record, RecordError, load_record, save_record
+
+UNFINISHED = ".unfinished"  # ending of a record in the making; a whole one ends in .json
 
 
 def record(arguments: argparse.Namespace) -> int:
     """Measure experiments and write each one's record as it ends."""
     from mla_kernels.device import DeviceUnavailable
 
+    def place(result: Record) -> Path:
+        full = arguments.scope == "full"
+        home = DATA if full else ROOT / "build" / "records"  # data/ holds whole records only
+        return (arguments.out or home / gpu_folder(result.device.name)) / f"{result.experiment}.json"
+
+    unfinished: list[Path] = []
+
+    def keep(result: Record) -> None:
+        path = place(result)
+        unfinished[:] = [path.with_name(path.name + UNFINISHED)]
+        save_record(result, unfinished[0])
+
     for name in arguments.experiment or EXPERIMENTS:
+        unfinished.clear()
         try:
             result = EXPERIMENTS[name].run(
-                arguments.scope, lambda line: print(line, file=sys.stderr, flush=True)
+                arguments.scope,
+                lambda line: print(line, file=sys.stderr, flush=True),
+                limit_seconds=arguments.limit_seconds,
+                keep=keep,
             )
         except (DeviceUnavailable, UnknownCommit) as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
         except KeyboardInterrupt:
             print(f"interrupted: the record of {name} is as it was", file=sys.stderr)
+            for path in unfinished:
+                print(f"what was measured until then is in {path}", file=sys.stderr)
             return 130
-        home = (
-            DATA if arguments.scope == "full" else ROOT / "build" / "records"
-        )  # data/ holds whole records only
-        folder = arguments.out or home / gpu_folder(result.device.name)
-        save_record(result, folder / f"{name}.json")
+        path = place(result)
+        save_record(result, path)
+        path.with_name(path.name + UNFINISHED).unlink(missing_ok=True)
         failed = [point for point in result.points if point.status == "failed"]
-        print(f"{folder / name}.json: {len(result.points)} points, {len(failed)} failed")
+        print(f"{path}: {len(result.points)} points, {len(failed)} failed")
     return 0
 
 
@@ -82,6 +100,12 @@ def main(argv: list[str] | None = None) -> int:
         "--out", type=Path, metavar="DIR", help="default: data/<gpu>; live: build/records/<gpu>"
     )
     command.add_argument("--scope", choices=("full", "live"), default="full", help="live: what notebooks run")
+    command.add_argument(
+        "--limit-seconds",
+        type=float,
+        metavar="N",
+        help="leave out what would begin later; the record says so",
+    )
     command.set_defaults(run=record)
 
     command = commands.add_parser("list", help="experiments and records", description=list_records.__doc__)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -10,17 +11,29 @@ from . import ceilings, points, provenance, timing
 from .counters import CountersUnavailable, profile
 from .figures import label, tb_s, tflops
 from .points import Step
-from .records import Method, Point, Record
+from .records import PEER, Method, Point, Record
 from .workloads import ROTATION_OVER_L2
 
 SEED = 20260101
+KEEP_EVERY = 20  # steps
 Progress = Callable[[str], None]
 
 
-def run_steps(experiment: str, scope: str, steps: Sequence[Step], progress: Progress = print) -> Record:
+def run_steps(
+    experiment: str,
+    scope: str,
+    steps: Sequence[Step],
+    progress: Progress = print,
+    *,
+    limit_seconds: float | None = None,
+    keep: Callable[[Record], None] | None = None,
+) -> Record:
     """Measure the ceilings and every step; steps at one workload become one, so that a record has no twins.
 
     Steps with sustained load come last, so that the bursts of others do not meet a card that it has heated.
+    ``limit_seconds``, from the start: steps that would begin later, or leave no time for the sustained ones,
+    are left out, and the record says how many. ``keep`` gets the record so far now and then.
+
     Raises DeviceUnavailable where there is no Hopper GPU, UnknownCommit where the source has no name.
     """
     from mla_kernels.device import DeviceUnavailable, hopper_available
@@ -35,35 +48,86 @@ def run_steps(experiment: str, scope: str, steps: Sequence[Step], progress: Prog
     began = time.perf_counter()
     source, device = provenance.source_section(), provenance.device_section()
     progress(f"{experiment}: {len(source.kernels)} kernels ready, {time.perf_counter() - began:.0f} s")
+    absent = prepare_peers(steps, progress)
     limits, notes = ceilings.measure_ceilings()
     for limit in limits:
         progress(f"{experiment}: ceiling {limit.name} {limit.mode}: {limit.value:.2f} {limit.unit}")
 
     measured: list[Point] = []
+
+    def record(*more: str) -> Record:
+        return Record(
+            experiment=experiment,
+            run=run,
+            source=source,
+            device=device,
+            software=provenance.software_section(),
+            method=Method(
+                timer=timing.TIMER,
+                warmup=timing.WARMUP,
+                rounds=timing.ROUNDS,
+                l2_rotation_bytes=ROTATION_OVER_L2 * device.l2_bytes,
+                graph=True,
+                seed=SEED,
+                sustained_seconds=timing.SUSTAINED_SECONDS,
+                notes=[*notes, *more],
+            ),
+            ceilings=list(limits),
+            points=list(measured),
+        )
+
+    left_out = 0
+
+    def keep_unfinished(number: int) -> None:
+        if keep:
+            keep(record(f"unfinished: {number - left_out} of {len(steps)} workloads measured"))
+
     for number, step in enumerate(steps, 1):
-        for point in points.measure(step, l2_bytes=device.l2_bytes, seed=SEED):
+        owed = 0.0 if step.sustain else loaded_seconds(steps[number:])  # they come last
+        if limit_seconds is not None and time.perf_counter() - began + owed > limit_seconds:
+            left_out += 1
+            continue
+        try:
+            found = points.measure(
+                step, l2_bytes=device.l2_bytes, seed=SEED, absent=absent[step.workload.dtype]
+            )
+        except KeyboardInterrupt:
+            keep_unfinished(number - 1)
+            raise
+        for point in found:
             measured.append(_with_counters(point) if point.implementation in step.count else point)
             elapsed = time.perf_counter() - began
             progress(f"{experiment} {number}/{len(steps)}, {elapsed:.0f} s: {describe(measured[-1])}")
-    return Record(
-        experiment=experiment,
-        run=run,
-        source=source,
-        device=device,
-        software=provenance.software_section(),
-        method=Method(
-            timer=timing.TIMER,
-            warmup=timing.WARMUP,
-            rounds=timing.ROUNDS,
-            l2_rotation_bytes=ROTATION_OVER_L2 * device.l2_bytes,
-            graph=True,
-            seed=SEED,
-            sustained_seconds=timing.SUSTAINED_SECONDS,
-            notes=list(notes),
-        ),
-        ceilings=list(limits),
-        points=measured,
-    )
+        if number % KEEP_EVERY == 0:
+            keep_unfinished(number)
+    if not left_out:
+        return record()
+    stopped = f"stopped after {limit_seconds:.0f} s: {left_out} of {len(steps)} workloads not measured"
+    progress(f"{experiment}: {stopped}")
+    return record(stopped)
+
+
+def prepare_peers(steps: Sequence[Step], progress: Progress = print) -> dict[str, dict[str, str]]:
+    """Load and compile the peers that ``steps`` name. By dtype: those that cannot be used, and why."""
+    wanted: dict[str, dict[str, None]] = defaultdict(dict)
+    for step in steps:
+        for name in step.implementations:
+            if name.startswith(PEER):
+                wanted[step.workload.dtype][name.removeprefix(PEER)] = None
+    absent: dict[str, dict[str, str]] = defaultdict(dict)
+    for dtype, names in wanted.items():
+        from . import peers
+
+        missing = peers.prepare(
+            tuple(names), (dtype,), lambda line, dtype=dtype: progress(f"{line} ({dtype})")
+        )
+        absent[dtype] = {PEER + name: reason for name, reason in missing.items()}
+    return absent
+
+
+def loaded_seconds(steps: Sequence[Step]) -> float:
+    """Time under sustained load that ``steps`` ask for, with its ramps."""
+    return sum(len(step.sustain) for step in steps) * (timing.SUSTAINED_SECONDS + timing.RAMP_SECONDS)
 
 
 def merge(steps: Sequence[Step]) -> list[Step]:

@@ -1,7 +1,7 @@
-"""The experiments, by name. Each says its question first, and has ``run(scope, progress) -> Record``."""
+"""The experiments, by name. Each says its question first; ``run(scope, progress, **options)`` measures it."""
 
 from types import ModuleType
 
-from . import bandwidth, roofline
+from . import bandwidth, peers, roofline
 
-EXPERIMENTS: dict[str, ModuleType] = {"roofline": roofline, "bandwidth": bandwidth}
+EXPERIMENTS: dict[str, ModuleType] = {"roofline": roofline, "bandwidth": bandwidth, "peers": peers}

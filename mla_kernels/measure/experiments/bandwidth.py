@@ -53,6 +53,6 @@ def steps(scope: str) -> Iterator[Step]:
         yield Step(uniform(b, length, h_q=h_q, s_q=s_q), count=(DECODE,))
 
 
-def run(scope: str = "full", progress: Progress = print) -> Record:
-    """Measure. Raises DeviceUnavailable without a Hopper GPU, UnknownCommit where the source has no name."""
-    return run_steps("bandwidth", scope, list(steps(scope)), progress)
+def run(scope: str = "full", progress: Progress = print, **options) -> Record:
+    """Measure. ``options`` are those of run_steps, which says what it raises."""
+    return run_steps("bandwidth", scope, list(steps(scope)), progress, **options)

@@ -40,6 +40,6 @@ def steps(scope: str) -> Iterator[Step]:
                 yield Step(workload, (DECODE, *BLOCKS), sustain)
 
 
-def run(scope: str = "full", progress: Progress = print) -> Record:
-    """Measure. Raises DeviceUnavailable without a Hopper GPU, UnknownCommit where the source has no name."""
-    return run_steps("roofline", scope, list(steps(scope)), progress)
+def run(scope: str = "full", progress: Progress = print, **options) -> Record:
+    """Measure. ``options`` are those of run_steps, which says what it raises."""
+    return run_steps("roofline", scope, list(steps(scope)), progress, **options)

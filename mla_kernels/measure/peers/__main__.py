@@ -6,7 +6,7 @@ import argparse
 import functools
 import sys
 
-from . import PEERS
+from . import PEERS, prepare
 from .fetch import FetchError, fetch
 from .interface import home
 
@@ -21,6 +21,7 @@ def main(argv: list[str] | None = None) -> int:
         "--everything", action="store_true", help="also packages that this Python has (for another machine)"
     )
     commands.add_parser("list", help="peers, where they come from, and why one cannot be used here")
+    commands.add_parser("prepare", help="compile what is compiled at the first use (GPU; minutes)")
     arguments = parser.parse_args(argv)
     if arguments.command == "fetch":
         try:
@@ -31,6 +32,9 @@ def main(argv: list[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("interrupted: `make peers` takes it up again", file=sys.stderr)
             return 130
+    elif arguments.command == "prepare":
+        missing = [prepare(tuple(PEERS), (dtype,)) for dtype in ("bf16", "fp16")]
+        return 1 if any(missing) else 0
     else:
         for name, peer in PEERS.items():
             print(f"{name:20} {peer.source}: {peer.available() or 'ready'}")
