@@ -7,6 +7,7 @@ values a token (512 latent + 64 rope), of which the first 512 are also the value
 from __future__ import annotations
 
 import math
+import statistics
 
 from mla_kernels.arguments import HEAD_DIM, HEAD_DIM_V
 
@@ -49,7 +50,8 @@ def label(point: Point) -> str:
     """Mode and workload of a point in words, as findings and progress name it."""
     w = point.workload
     kv = f"{w.mean_len:g}" if w.lengths_kind == "uniform" else f"{w.lengths_kind} {w.mean_len:g}±{w.sd_len:g}"
-    return f"{point.mode}, h_q {w.h_q}, s_q {w.s_q}, b {w.b}, kv {kv}"
+    dtype = "" if w.dtype == "bf16" else f", {w.dtype}"
+    return f"{point.mode}, h_q {w.h_q}, s_q {w.s_q}, b {w.b}, kv {kv}{dtype}"
 
 
 def point_flop(point: Point) -> int:
@@ -92,6 +94,11 @@ def tokens(workload: Workload) -> int:
     return workload.b * workload.s_q
 
 
+def host_us(point: Point) -> float | None:
+    """Host time of one eager call, the median of its samples; None where it was not measured."""
+    return None if point.host is None else statistics.median(point.host.call_us)
+
+
 def joules_per_token(point: Point) -> float | None:
     """Energy of one layer's attention for one query token: mean power · time / (b · s_q).
 
@@ -131,9 +138,9 @@ def floor_us(record: Record, workload: Workload, mode: Mode = "burst") -> float:
 def counterpart(record: Record, point: Point, implementation: str) -> Point | None:
     """Another implementation's timed point at the same workload, mode and rotation, or None."""
     for other in record.points:
-        same = (other.workload, other.mode, other.kv_sets) == (point.workload, point.mode, point.kv_sets)
-        if same and other.implementation == implementation and other.status == "ok":
-            return other
+        found = (other.implementation, other.status, other.mode, other.kv_sets)
+        if found == (implementation, "ok", point.mode, point.kv_sets) and other.workload == point.workload:
+            return other  # lengths are compared last: they are many
     return None
 
 

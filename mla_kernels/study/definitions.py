@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from mla_kernels.measure import figures
 from mla_kernels.measure.energy import fit_energy_roof
 from mla_kernels.measure.figures import DECODE, label
-from mla_kernels.measure.records import LSE_MAX_ABS_LIMIT, OUT_REL_L2_LIMIT, Point, Record
+from mla_kernels.measure.records import LSE_MAX_ABS_LIMIT, OUT_REL_L2_LIMIT, PEER, Point, Record, Workload
 from mla_kernels.measure.workloads import spread_evenly
 
 from . import fits
+from .duels import FLASH_MLA, absorbed_error, duels, geometric_mean, gpu_bytes
 
 MANY_TOKENS = 1 << 20  # b · kv from which a memory-bound call must reach the bandwidth
 FEW_ROWS = 32  # query rows (h_q · s_q) up to which a call is memory-bound without doubt
@@ -56,19 +57,76 @@ def _at(record: Record, b: int, h_q: int, kv: int, mode: str = "burst") -> Itera
             yield point
 
 
-def _bandwidth_fraction(record: Record) -> Candidates:
-    for point in _decode(record, "burst", "sustained"):
-        w = point.workload
-        if sum(w.lengths) >= MANY_TOKENS and figures.query_rows(w) <= FEW_ROWS:
-            yield figures.bandwidth_share(record, point), label(point)
+def _bandwidth_fraction(where: Callable[[Workload], bool]) -> Callable[[Record], Candidates]:
+    def derive(record: Record) -> Candidates:
+        for point in _decode(record, "burst", "sustained"):
+            if sum(point.workload.lengths) >= MANY_TOKENS and where(point.workload):
+                yield figures.bandwidth_share(record, point), label(point)
+
+    return derive
+
+
+def _has_few_rows(workload: Workload) -> bool:
+    return figures.query_rows(workload) <= FEW_ROWS
+
+
+def _has_64_heads(workload: Workload) -> bool:
+    return (workload.h_q, workload.s_q) == (64, 1)
+
+
+def _is_compute_bound(workload: Workload) -> bool:
+    return workload.h_q == 128 and workload.b >= 32 and min(workload.lengths) >= 8192
 
 
 def _skeleton_fraction(record: Record) -> Candidates:
     for point in _decode(record, "burst", "sustained"):
-        w = point.workload
-        skeleton = figures.counterpart(record, point, "block:skeleton")
-        if skeleton and w.h_q == 128 and w.b >= 32 and min(w.lengths) >= 8192:
+        if not _is_compute_bound(point.workload):
+            continue
+        if skeleton := figures.counterpart(record, point, "block:skeleton"):
             yield figures.speed_ratio(point, skeleton), label(point)
+
+
+def _ratios(
+    *modes: str, where: Callable[[Workload], bool] = lambda w: True
+) -> Callable[[Record], Candidates]:
+    def derive(record: Record) -> Candidates:
+        for duel in duels(record, *modes):
+            if where(duel.ours.workload):
+                against = duel.best.implementation.removeprefix(PEER)
+                yield duel.ratio, f"{label(duel.ours)}, against {against}"
+
+    return derive
+
+
+def _geomean(peer: str | None = None) -> Callable[[Record], Candidates]:
+    def derive(record: Record) -> Candidates:
+        pairs = [(duel.ours, duel.peer(peer) if peer else duel.best) for duel in duels(record, "burst")]
+        ratios = [figures.speed_ratio(ours, other) for ours, other in pairs if other]
+        yield geometric_mean(ratios), f"burst, {len(ratios)} points"
+
+    return derive
+
+
+def _over_least(quantity: Callable[[Point], float | None], *modes: str) -> Callable[[Record], Candidates]:
+    """Ours over the least that a peer has at the same point."""
+
+    def derive(record: Record) -> Candidates:
+        for duel in duels(record, *modes):
+            if (both := duel.least(quantity)) and both[1] > 0:
+                yield both[0] / both[1], label(duel.ours)
+
+    return derive
+
+
+def _decompressed_memory(record: Record) -> Candidates:
+    for duel in duels(record, "burst"):
+        other, ours = duel.peer("peer:torch_decompressed"), gpu_bytes(duel.ours)
+        if other and ours and (theirs := gpu_bytes(other)):
+            yield theirs / ours, label(duel.ours)
+
+
+def _host_us(record: Record) -> Candidates:
+    return [(us, label(p)) for p in _decode(record) if (us := figures.host_us(p)) is not None]
 
 
 def _varlen_penalty(record: Record) -> Candidates:
@@ -163,8 +221,26 @@ def _knee(record: Record) -> Candidates:
 
 
 _DECODE = (
-    ("bandwidth_fraction", "of HBM read rate", "≥ 0.94", _bandwidth_fraction, min),
+    ("worst_ratio_vs_best_peer", "× its speed", "≥ 1", _ratios(), min),
+    ("geomean_vs_flashmla", "× its speed", "≥ 1.25", _geomean(FLASH_MLA), min),
+    ("geomean_vs_best_peer", "× its speed", "≥ 1.15", _geomean(), min),
+    ("compute_vs_best_peer_burst", "× its speed", "≥ 1.05", _ratios("burst", where=_is_compute_bound), min),
+    (
+        "compute_vs_best_peer_sustained",
+        "× its speed",
+        "≥ 1.08",
+        _ratios("sustained", where=_is_compute_bound),
+        min,
+    ),
+    ("energy_vs_best_peer", "of its joules per token", "", _over_least(figures.joules_per_token), max),
+    ("error_vs_best_peer", "of its error", "≤ 1", _over_least(absorbed_error, "burst"), max),
+    ("memory_vs_best_peer", "of its bytes", "", _over_least(gpu_bytes, "burst"), max),
+    ("memory_saving", "× less than decompressed", "", _decompressed_memory, max),
+    ("host_us", "µs", "≤ 12", _host_us, max),
+    ("bandwidth_fraction", "of HBM read rate", "≥ 0.94", _bandwidth_fraction(_has_few_rows), min),
+    ("h64_bandwidth_fraction", "of HBM read rate", "≥ 0.9", _bandwidth_fraction(_has_64_heads), min),
     ("b128_h16_kv4096_bandwidth_fraction", "of HBM read rate", "≥ 0.91", _share_at(128, 16, 4096), min),
+    ("b128_h64_kv4096_bandwidth_fraction", "of HBM read rate", "≥ 0.88", _share_at(128, 64, 4096), min),
     ("peak_tflops", "TFLOP/s", "≥ 700", _peak, max),
     ("b64_h128_kv16384_tflops", "TFLOP/s", "≥ 660", _tflops_at(64, 128, 16384, "burst"), min),
     ("b64_h128_kv16384_tflops_sustained", "TFLOP/s", "", _tflops_at(64, 128, 16384, "sustained"), min),

@@ -108,3 +108,15 @@ def test_counterpart_matches_workload_mode_and_rotation(make_record, make_point)
         found = figures.counterpart(make_record(points=list(order)), ours, "block:stream")
         assert found == match
     assert figures.speed_ratio(ours, match) == pytest.approx(0.8)
+
+
+def test_host_time_is_the_median_of_its_samples(make_point):
+    assert figures.host_us(make_point()) is None
+    assert figures.host_us(make_point(host={"call_us": [9.0, 30.0, 10.0]})) == 10.0
+
+
+def test_a_label_names_the_dtype_where_it_is_not_the_usual(make_point):
+    point = make_point()
+    half = point.workload.model_copy(update={"dtype": "fp16"})
+    assert figures.label(point).endswith("kv 4096")
+    assert figures.label(point.model_copy(update={"workload": half})).endswith("kv 4096, fp16")

@@ -25,6 +25,10 @@ CARD = SimpleNamespace(
     w_per_tflops=0.5,
 )
 BLOCK_SPEED = {"mla_kernels": 1.0, "block:stream": 1.05, "block:mma": 1.2, "block:skeleton": 1.1}
+PEER_SPEED = {"peer:flash_mla": 0.7, "peer:fa3": 0.75, "peer:flashinfer_fa3": 0.8, "peer:flashinfer_fa2": 0.6}
+SLOW_SPEED = 0.1
+PEER_ERROR = 1.1e-3
+CACHE_BYTES, WORKSPACE_BYTES = 1_000_000, 10_000
 
 
 def us_of(implementation, workload, mode, kv_sets):
@@ -38,7 +42,7 @@ def us_of(implementation, workload, mode, kv_sets):
     us = max(figures.point_bytes(silent) / read, figures.point_flop(silent) / matmul) / 1e6
     if workload.lengths_kind != "uniform":
         us *= CARD.uneven
-    return (CARD.fixed_us + us) / BLOCK_SPEED[implementation]
+    return (CARD.fixed_us + us) / (BLOCK_SPEED | PEER_SPEED).get(implementation, SLOW_SPEED)
 
 
 def make_point(implementation, workload, mode="burst", kv_sets=None, *, us=None, **fields):
@@ -55,12 +59,31 @@ def make_point(implementation, workload, mode="burst", kv_sets=None, *, us=None,
         "calls_per_sample": 20,
     }
     if not implementation.startswith("block:"):
-        point["error"] = records.Accuracy(out_rel_l2=1e-3, lse_max_abs=1e-6, reference="fp64 oracle")
+        point["error"] = _error(implementation, workload)
     if mode == "sustained":
         rates = [count / us / 1e6 for count in _counts(implementation, workload)]
         power = CARD.static_w + CARD.w_per_tb_s * rates[0] + CARD.w_per_tflops * rates[1]
         point["sustained"] = _window(us, power)
     return records.Point(**point | fields)
+
+
+def _error(implementation, workload):
+    error = PEER_ERROR if implementation.startswith("peer:") else 1e-3
+    if workload.dtype == "fp16":
+        error /= 8
+    return records.Accuracy(out_rel_l2=error, lse_max_abs=1e-6, reference="fp64 oracle")
+
+
+def _host_and_memory(implementation):
+    """Ours calls in 9 µs, peers in 30; a decompressed cache is 30 times as large."""
+    peer, large = implementation.startswith("peer:"), implementation.endswith("decompressed")
+    return {
+        "host": records.Host(call_us=[30.0 if peer else 9.0] * 9, plan_us=[50.0] if peer else []),
+        "memory": records.Memory(
+            cache_bytes=CACHE_BYTES * (30 if large else 1),
+            workspace_bytes=WORKSPACE_BYTES * (5 if peer else 1),
+        ),
+    }
 
 
 def _counts(implementation, workload):
@@ -138,7 +161,11 @@ def _measured(name):
     points = []
     for step in experiment.merge(list(EXPERIMENTS[name].steps("live"))):
         sets = sets_to_defeat_l2(step.workload, CARD.l2_bytes) if step.rotate else 1
-        points += [make_point(i, step.workload, "burst", sets) for i in step.implementations]
+        for implementation in step.implementations:
+            extra = {}
+            if step.host and not implementation.startswith("block:"):
+                extra = _host_and_memory(implementation)
+            points.append(make_point(implementation, step.workload, "burst", sets, **extra))
         points += [make_point(i, step.workload, "sustained", sets) for i in step.sustain]
     return make_record(name, points)
 
@@ -151,6 +178,11 @@ def roofline():
 @pytest.fixture(scope="session")
 def bandwidth():
     return _measured("bandwidth")
+
+
+@pytest.fixture(scope="session")
+def peers():
+    return _measured("peers")
 
 
 @pytest.fixture(scope="session")

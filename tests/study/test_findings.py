@@ -40,6 +40,12 @@ def test_bandwidth_fraction_is_the_worst_of_its_points(card):
     long = uniform(64, 16384, h_q=16)
     counted = card.point("mla_kernels", long, us=long_us(long, 0.8, card))
     held = card.point("mla_kernels", long, "sustained", us=long_us(long, 0.7, card))
+    heads = card.point(
+        "mla_kernels", uniform(64, 16384, h_q=64), us=long_us(uniform(64, 16384, h_q=64), 0.6, card)
+    )
+    assert values(card.record("roofline", [counted, heads]))[
+        "decode.h64_bandwidth_fraction"
+    ] == pytest.approx(0.6)
     others = [
         card.point("mla_kernels", uniform(64, 8192, h_q=16), us=1e5),  # fewer than 2^20 tokens
         card.point("mla_kernels", uniform(64, 16384, h_q=33), us=1e5),  # more rows than memory-bound
@@ -83,6 +89,96 @@ def test_skeleton_fraction_compares_the_same_workload_and_mode(card):
     found = one("decode.skeleton_fraction", card.record("roofline", points))
     assert found["value"] == pytest.approx(0.90) and "s_q 2" in found["point"]
     assert "decode.skeleton_fraction" not in values(card.record("roofline", points[::2]))
+
+
+def against_peers(card, workload, ours, mode="burst", **theirs):
+    """Our point and those of peers, by their times."""
+    points = [card.point("mla_kernels", workload, mode, us=ours)]
+    return points + [card.point(f"peer:{name}", workload, mode, us=us) for name, us in theirs.items()]
+
+
+def test_the_worst_ratio_is_against_the_best_peer_of_each_point(card):
+    points = against_peers(card, uniform(16, 4096, h_q=16), 20.0, flash_mla=40.0, fa3=30.0)
+    points += against_peers(card, uniform(1, 4096, h_q=16), 10.0, flash_mla=9.5, fa3=15.0)
+    points += against_peers(card, uniform(64, 16384, h_q=16), 10.0, "sustained", fa3=12.0)
+    record = card.record("peers", points)
+    found = one("decode.worst_ratio_vs_best_peer", record)
+    assert found["value"] == pytest.approx(0.95) and is_met(found) is False
+    assert found["point"] == "burst, h_q 16, s_q 1, b 1, kv 4096, against flash_mla"
+    found = values(record)
+    assert found["decode.geomean_vs_best_peer"] == pytest.approx((1.5 * 0.95) ** 0.5)  # bursts alone
+    assert found["decode.geomean_vs_flashmla"] == pytest.approx((2.0 * 0.95) ** 0.5)
+
+
+def test_the_worst_ratio_counts_points_under_load(card):
+    points = against_peers(card, uniform(64, 16384, h_q=16), 10.0, "sustained", fa3=9.0)
+    points += against_peers(card, uniform(64, 16384, h_q=16), 10.0, fa3=12.0)
+    assert values(card.record("peers", points))["decode.worst_ratio_vs_best_peer"] == pytest.approx(0.9)
+
+
+def test_a_peer_that_failed_is_no_opponent(card):
+    workload = uniform(16, 4096, h_q=16)
+    ours, peer = against_peers(card, workload, 20.0, fa3=10.0)
+    gone = {"status": "failed", "reason": "wrong result", "samples_us": [], "error": None}
+    record = card.record("peers", [ours, peer.model_copy(update=gone)])
+    assert not [key for key in values(record) if "peer" in key or "flashmla" in key]
+    other = card.point("peer:flash_mla", workload, us=22.0)
+    record = card.record("peers", [ours, peer.model_copy(update=gone), other])
+    assert values(record)["decode.worst_ratio_vs_best_peer"] == pytest.approx(1.1)
+
+
+def test_compute_bound_ratios_are_of_their_points_and_mode(card):
+    big, longer = uniform(64, 16384, h_q=128), uniform(32, 65536, h_q=128, s_q=2, causal=True)
+    points = against_peers(card, big, 100.0, fa3=108.0, flash_mla=111.0)
+    points += against_peers(card, longer, 100.0, fa3=106.0)
+    points += against_peers(card, big, 100.0, "sustained", fa3=112.0)
+    for workload in (uniform(64, 4096, h_q=128), uniform(16, 65536, h_q=128), uniform(64, 16384, h_q=64)):
+        points += against_peers(card, workload, 100.0, fa3=50.0) + against_peers(
+            card, workload, 100.0, "sustained", fa3=50.0
+        )
+    record = card.record("peers", points)
+    burst, held = (one(f"decode.compute_vs_best_peer_{mode}", record) for mode in ("burst", "sustained"))
+    assert burst["value"] == pytest.approx(1.06) and "s_q 2" in burst["point"] and is_met(burst)
+    assert held["value"] == pytest.approx(1.12) and is_met(held)
+
+
+def test_energy_and_error_are_over_the_least_of_the_peers(card):
+    workload, small = uniform(64, 16384, h_q=128), uniform(16, 4096, h_q=16)
+    points = against_peers(card, workload, 100.0, "sustained", fa3=110.0, flash_mla=105.0)
+    points += against_peers(card, small, 20.0, fa3=30.0, flash_mla=40.0, torch_decompressed=90.0)
+    errors = {
+        "mla_kernels": 2.2e-3,
+        "peer:fa3": 2.0e-3,
+        "peer:flash_mla": 2.4e-3,
+        "peer:torch_decompressed": 1e-4,
+    }
+    points = [
+        p.model_copy(update={"error": p.error.model_copy(update={"out_rel_l2": errors[p.implementation]})})
+        for p in points
+    ]
+    found = values(card.record("peers", points))
+    assert found["decode.error_vs_best_peer"] == pytest.approx(1.1)  # decompressed is another problem
+    joules = [p.sustained.energy_j / p.sustained.calls for p in points[:3]]
+    assert found["decode.energy_vs_best_peer"] == pytest.approx(joules[0] / min(joules[1:]))
+
+
+def test_host_time_and_memory(card, peers):
+    found = values(peers)
+    assert found["decode.host_us"] == 9.0
+    assert found["decode.memory_vs_best_peer"] == pytest.approx(1_010_000 / 1_050_000)
+    assert found["decode.memory_saving"] == pytest.approx(30_050_000 / 1_010_000)
+
+
+def test_a_record_of_peers_gives_every_key_against_them(card, peers):
+    found = values(peers)
+    ratio, to_flashmla = 1 / 0.8, 1 / 0.7
+    for key in ("worst_ratio", "geomean"):
+        assert found[f"decode.{key}_vs_best_peer"] == pytest.approx(ratio)
+    assert found["decode.geomean_vs_flashmla"] == pytest.approx(to_flashmla)
+    for mode in ("burst", "sustained"):
+        assert found[f"decode.compute_vs_best_peer_{mode}"] == pytest.approx(ratio)
+    assert found["decode.skeleton_fraction"] == pytest.approx(1 / 1.1)
+    assert {"decode.varlen_penalty", "decode.bandwidth_fraction", "decode.b1_h16_kv4096_us"} <= found.keys()
 
 
 def test_varlen_penalty_is_the_worst_against_even_lengths(card):
