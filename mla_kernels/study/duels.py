@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from mla_kernels.measure import figures
 from mla_kernels.measure.figures import DECODE
-from mla_kernels.measure.records import Point, Record
+from mla_kernels.measure.records import Point, Record, Workload
 
 from . import fits
 
@@ -54,6 +54,11 @@ def duels(record: Record, *modes: str) -> Iterator[Duel]:
         peers = beside.get((point.mode, point.workload))
         if peers and fits.is_cold(record, point):
             yield Duel(point, tuple(sorted(peers, key=lambda peer: peer.per_call_us)))
+
+
+def is_compute_bound(workload: Workload) -> bool:
+    """128 heads, 32 sequences or more, none of fewer than 8,192 tokens."""
+    return workload.h_q == 128 and workload.b >= 32 and min(workload.lengths) >= 8192
 
 
 def absorbed_error(point: Point) -> float | None:

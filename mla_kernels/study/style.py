@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import seaborn as sns
 from IPython.display import Markdown, display
@@ -19,12 +22,30 @@ COLOURS = {
     "block:stream": _PALETTE[1],
     "block:skeleton": _PALETTE[2],
     "block:mma": _PALETTE[4],
+    "peer:flash_mla": _PALETTE[1],  # no figure has both peers and blocks
+    "peer:fa3": _PALETTE[2],
+    "peer:flashinfer_fa3": _PALETTE[4],
+    "peer:flashinfer_fa2": _PALETTE[6],
+    "peer:vllm_triton": _PALETTE[5],
+    "peer:portable": _PALETTE[7],
+    "peer:torch_absorbed": _PALETTE[8],
+    "peer:torch_decompressed": _PALETTE[9],
+    "peer:fa2_decompressed": _PALETTE[3],
 }
 LABELS = {
     "mla_kernels": "mla_decode",
     "block:stream": "its loads alone",
     "block:skeleton": "loads + WGMMA, no softmax",
     "block:mma": "its WGMMA alone",
+    "peer:flash_mla": "FlashMLA",
+    "peer:fa3": "FA3 (q_v)",
+    "peer:flashinfer_fa3": "FlashInfer fa3",
+    "peer:flashinfer_fa2": "FlashInfer fa2",
+    "peer:vllm_triton": "vLLM Triton",
+    "peer:portable": "portable.py, Triton",
+    "peer:torch_absorbed": "PyTorch, absorbed",
+    "peer:torch_decompressed": "PyTorch, decompressed",
+    "peer:fa2_decompressed": "FA2, decompressed",
 }
 MARKERS = {"mla_kernels": "o", "block:stream": "s", "block:skeleton": "D", "block:mma": "^"}
 CEILING = "#444444"
@@ -44,6 +65,12 @@ _SETTINGS = {
     "lines.markersize": 5.5,
     "grid.color": "#e4e4e4",
 }
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Implementations in the order of ``LABELS``: ours, its blocks, peers from fast to slow."""
+    known = list(LABELS)
+    return sorted(names, key=lambda name: known.index(name) if name in LABELS else len(known))
 
 
 def new_figure(columns: int = 1, *, width: float = 8.0, height: float = 4.4, **options) -> tuple:
@@ -108,3 +135,12 @@ def plain_log_ticks(axes: Axes, values: list, *, axis: str = "x", labels: list[s
         axes.set_yscale("log", base=2)
         axes.set_yticks(values, labels)
     axes.minorticks_off()
+
+
+def ratio_ticks(axes: Axes, values: np.ndarray, *, axis: str = "x") -> None:
+    """A log scale for ratios, with ticks that suit ``values`` and one."""
+    low, high = min(1.0, np.nanmin(values)), max(1.0, np.nanmax(values))
+    coarse = (0.125, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128)
+    fine = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 2.5, 3, 4)
+    steps = [step for step in (fine if high / low < 4 else coarse) if low / 1.2 <= step <= 1.2 * high]
+    plain_log_ticks(axes, steps, axis=axis)

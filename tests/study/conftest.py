@@ -3,6 +3,11 @@
 import datetime
 from types import SimpleNamespace
 
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
 import pytest
 
 from mla_kernels.compiler import source_digest
@@ -181,8 +186,21 @@ def bandwidth():
 
 
 @pytest.fixture(scope="session")
-def peers():
+def record_of_peers():
     return _measured("peers")
+
+
+@pytest.fixture
+def shown(monkeypatch, tmp_path):
+    """Figures as the notebook would get them: a list of PNG files."""
+    files = []
+
+    def keep():
+        files.append(tmp_path / f"{len(files)}.png")
+        plt.gcf().savefig(files[-1], bbox_inches="tight", dpi="figure")  # as the notebook does
+
+    monkeypatch.setattr(plt, "show", keep)
+    return files
 
 
 @pytest.fixture(scope="session")

@@ -16,19 +16,6 @@ from mla_kernels.study import roofline as roofline_plots
 LIMIT_BYTES = 150 * 1024
 
 
-@pytest.fixture
-def shown(monkeypatch, tmp_path):
-    """Figures as the notebook would get them: a list of PNG files."""
-    files = []
-
-    def keep():
-        files.append(tmp_path / f"{len(files)}.png")
-        plt.gcf().savefig(files[-1], bbox_inches="tight", dpi="figure")  # as the notebook does
-
-    monkeypatch.setattr(plt, "show", keep)
-    return files
-
-
 @pytest.mark.parametrize("name", ["plot_rows", "plot_roofline", "plot_sustained"])
 def test_roofline_figures(name, roofline, shown):
     data = getattr(roofline_plots, name)(roofline)
