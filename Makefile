@@ -63,7 +63,7 @@ lab: $(READY) ## open the notebooks in JupyterLab
 	@JUPYTER_CONFIG_PATH=$(CURDIR)/.ci/jupyter $(PY) -m jupyterlab --notebook-dir=$(CURDIR) $(ARGS) notebooks
 
 .PHONY: record
-record: $(READY) ## measure again into data/ (Hopper GPU)
+record: $(READY) ## measure again into data/ (Hopper GPU; ARGS=peers for one experiment)
 	@$(PY) -m mla_kernels.measure record $(ARGS)
 
 .PHONY: refresh
