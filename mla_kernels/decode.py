@@ -15,7 +15,7 @@ from mla_kernels.device import HOPPER, STILL_WORKS, DeviceUnavailable, capabilit
 
 PAGE_SIZES = (64,)
 _SHARED_BYTES = 227 * 1024  # all that a block may have: the ring takes what is left
-_THREADS = 384
+_THREADS = 512  # four warpgroups: values, values, scores, producer
 _SWAPPED_ROWS = (8, 16, 32)  # query rows a CTA of decode_swapped.cu
 _ROWS = 64  # and of decode_rows.cu
 
@@ -29,6 +29,24 @@ BLOCKS = ("stream", "mma", "skeleton")
 _ITEM_UNITS = {"decode_swapped.cu": 1, "decode_rows.cu": 3}  # fixed cost of an item, in tiles
 
 
+# By rows: slots of the ring, registers of a value and a score thread, steps of QK^T whose queries stay in registers.
+_LAYOUT_FIELDS = (
+    "GROUP_SLOTS",
+    "ROTARY_SLOTS",
+    "VALUE_REGISTERS",
+    "SCORE_REGISTERS",
+    "REGISTER_STEPS",
+    "PRODUCER_REGISTERS",
+    "AHEAD_BOXES",
+)
+_LAYOUT = {
+    8: (6, 2, 136, 208, 0, 32, 0),
+    16: (5, 4, 136, 208, 0, 32, 0),
+    32: (5, 3, 136, 208, 0, 32, 0),
+    64: (5, 3, 160, 160, 16, 32, 2),
+}
+
+
 @functools.cache
 def _config(dtype: torch.dtype, rows: int, work: str) -> KernelConfig:
     source = "decode_rows.cu" if rows == _ROWS else "decode_swapped.cu"
@@ -38,6 +56,7 @@ def _config(dtype: torch.dtype, rows: int, work: str) -> KernelConfig:
         ("MLA_ROWS", rows),
         ("MLA_PAGE_SIZE", 64),
         ("MLA_ITEM_UNITS", _ITEM_UNITS[source]),
+        *((f"MLA_{name}", value) for name, value in zip(_LAYOUT_FIELDS, _LAYOUT[rows], strict=True)),
         ("MLA_WORK", _WORK[work]),
     )
     name = f"{source.removesuffix('.cu')}-{element}-{rows}" + ("" if work == "decode" else f"-{work}")
@@ -169,7 +188,7 @@ def _launch(q, kv_cache, block_table, cache_seqlens, scale, causal, out, lse, wo
     with torch.cuda.device(device):
         launch.bind(device)
         stream = launch.current_stream(device)
-        partials = torch.empty(2 * sms * rows * (HEAD_DIM_V + 2), dtype=torch.float32, device=q.device)
+        partials = torch.empty(2 * sms * rows * (HEAD_DIM_V + 4), dtype=torch.float32, device=q.device)
         params = launch.DecodeParams(
             kv_map=launch.kv_tensor_map(kv_cache),
             q_map=launch.query_tensor_map(q, rows),

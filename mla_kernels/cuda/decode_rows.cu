@@ -1,34 +1,38 @@
 // Decode for many query rows: 64 of them a CTA.
 //
-//   S = Q K^T  (64 x 64 tokens)        O = P V  (64 x 512, each consumer warpgroup 64 x 256)
+//   S = Q K^T  (64 x 64 tokens)        O = P V  (64 x 512, each value warpgroup 64 x 256)
 //
-// Grid: one persistent CTA an SM; each walks its share of the batch (schedule.cuh). KV streams through two 72 KB tile
-// buffers. Warpgroup 0 leads: it owns the even tiles of an item, warpgroup 1 the odd ones. The
-// owner computes S and P of its tile, keeps P in registers for its own half of O and leaves a copy for the other in
-// the tile's rotary box, which nobody needs after QK. So one warpgroup's softmax runs under the other's WGMMA.
-// Warps: 0-3 and 4-7 consume (232 registers), 8 streams KV (40), 9 loads Q, 10-11 idle.
-// Shared memory: 18 boxes of 8 KB, Q (72 KB).
+// Grid: one persistent CTA an SM; each walks its share of the batch (schedule.cuh). An item's queries come through the
+// ring like a tile. Most of them then stay in the score warpgroup's registers (7 of 9 boxes: 112 registers), because shared
+// memory is what binds: two 72 KB tiles leave no room for loads in flight, and QK with both operands in shared memory
+// reads them at the full 128 B/clk.
+// Warps: 0-3 and 4-7 values (144 registers), 8-11 scores (200), 12 streams (24), 13-15 idle.
+// Shared memory: 24 boxes of V, 2 of rotary columns (then P), 2 of queries: 28 boxes of 8 KB.
 #include "persistent.cuh"
 
 constexpr int kRows = MLA_ROWS;
 static_assert(kRows == 64, "one WGMMA's rows");
-constexpr int kHalfBoxes = kBoxesV / 2;             // boxes of V that a warpgroup multiplies
-constexpr int kHalfColumns = kHalfBoxes * kBoxColumns;
+constexpr int kRegisterSteps = MLA_REGISTER_STEPS;  // steps of Q K^T whose queries come from registers, the first
+constexpr int kAheadBoxes = MLA_AHEAD_BOXES;  // of a tile that are multiplied under the softmax of the one before
+constexpr int kRegisterBoxes = kRegisterSteps / kStepsPerBox;
+constexpr int kQueryBoxes = kBoxes - kRegisterBoxes;  // in shared memory, one of them perhaps in part
+constexpr int kHalfColumns = kGroupBoxes * kBoxColumns;
+// One WGMMA's columns of O. 256 would read P half as often, but with 512 threads ptxas counts 128 registers at entry and
+// refuses an instruction that needs more, whatever setmaxnreg says later (C7602).
+constexpr int kPvColumns = 128;
+constexpr int kPvParts = kHalfColumns / kPvColumns;
 
 struct SharedMemory {
-    BoxRing<kBoxes> ring[2];  // a ring is a tile buffer
-    QueryBuffer<kRows> q;
-    u64 p_ready[2];             // P of the lead's (0), the trail's (1) tile lies in its rotary box
-    float reference[2][kRows];  // the rows' reference after that tile,
-    int moved[2][4];            // and whether it moved, per warp of 16 rows
-    float sums[2][kRows];
+    u16 q[kQueryBoxes][kBoxElements];
+    TileRing ring;
+    ItemSums<kRows> sums;
+    float factor[kRotarySlots][kRows];  // what O is to be multiplied with before this tile,
+    int moved[kRotarySlots][4];         // where it is not one, per warp of 16 rows
     ItemQueue queue;
     PendingMerges pending;
 
-    __device__ void init_barriers() {
-        mbarrier_init(&p_ready[0], kWarpgroup);
-        mbarrier_init(&p_ready[1], kWarpgroup);
-    }
+    __device__ void init_barriers() {}             // none of its own
+    __device__ void fetch_queries(const DecodeParams&) {}  // they come through the ring
 };
 
 // What a thread's accumulators are: vector j holds columns 8 j, 8 j + 1 (from its own first) of rows r and r + 8.
@@ -36,274 +40,275 @@ struct RowsFragment {
     static constexpr int kThreadRows = 2, kWarpRows = 16, kWarpStride = 16;
 
     __device__ static constexpr int slot(int, int element) { return element / 2; }
-    __device__ static int row(int thread, int slot) { return thread / 32 % 4 * 16 + thread % 32 / 4 + slot * 8; }
-    __device__ static bool has_stats(int thread) { return thread < kWarpgroup && thread % 4 == 0; }
-    __device__ static void store(u16* out, int rows, int thread, int j, float4 v) {
-        const int r = row(thread, 0);
+    __device__ static u32 row(u32 thread, u32 slot) { return thread / 32 % 4 * 16 + thread % 32 / 4 + slot * 8; }
+    __device__ static bool has_stats(u32 thread) { return thread < kWarpgroup && thread % 4 == 0; }
+    __device__ static void store(u16* out, u32 rows, u32 thread, int j, float4 v) {
+        const u32 r = row(thread, 0);
         u16* place = out + r * kHeadDimV + thread / kWarpgroup * kHalfColumns + thread % 4 * 2 + j * 8;
         if (r < rows) *reinterpret_cast<u32*>(place) = pack_elements(v.x, v.y);
         if (r + 8 < rows) *reinterpret_cast<u32*>(place + 8 * kHeadDimV) = pack_elements(v.z, v.w);
     }
 };
 
-template <int kWg>
-struct Consumer {
-    using Fragment = RowsFragment;
+struct Scores {
     const DecodeParams& p;
     SharedMemory& smem;
-    const int thread = threadIdx.x % kWarpgroup, warp = thread / 32, lane = thread % 32;
-    const int row = warp * 16 + lane / 4;  // and row + 8
-    float o[kHalfColumns / 2];
-    float m[2], l[2];
-    u32 p_phase = 0;  // of the other's p_ready
+    const u32 warp = threadIdx.x % kWarpgroup / 32, lane = threadIdx.x % 32;
+    u32 q[kRegisterSteps][4];
+    float m[2], l[2], n[2];  // RowStats of rows warp * 16 + lane / 4 and 8 below
 
-    // A tile in flight is known by its ordinal in the CTA's share: that gives its ring and the parity of its boxes.
-    __device__ BoxRing<kBoxes>& ring_of(u32 ordinal) { return smem.ring[launder(ordinal & 1)]; }
-    __device__ static u32 phase_of(u32 ordinal) { return ordinal >> 1 & 1; }
-    __device__ u16* box(u32 ordinal, int c) { return ring_of(ordinal).box[c]; }
+    __device__ Scores(const DecodeParams& p, SharedMemory& smem) : p(p), smem(smem) {}
+    __device__ u32 row() const { return launder(warp) * 16 + launder(lane) / 4; }
 
-    __device__ void reset() {
+    // Takes the queries out of the ring.
+    __device__ void begin(const WorkItem& w) {
+        const u32 ordinal = w.ordinal - 1;
+        const u32 lane = launder(this->lane), thread = launder(threadIdx.x) % kWarpgroup;
 #pragma unroll
-        for (int i = 0; i < kHalfColumns / 2; ++i) o[i] = 0.f;
+        for (int r = 0; r < 2; ++r) m[r] = -kInfinity, l[r] = n[r] = 0.f;
 #pragma unroll
-        for (int r = 0; r < 2; ++r) m[r] = -kInfinity, l[r] = 0.f;
+        for (int i = 0; i < kRegisterSteps; ++i) {
+            const int c = i / kStepsPerBox, step = i % kStepsPerBox;
+            if (kLoads && step == 0) smem.ring.wait_box(ordinal, c);
+            const u32 box = smem_address(smem.ring.box(ordinal, c));
+            ldmatrix_x4(q[i], box + swizzled_offset(warp * 16 + (lane & 15), step * 2 + lane / 16));
+        }
+        named_barrier_sync(kBarrierScore, kScoreThreads);  // no warp multiplies the queries before
+#pragma unroll
+        for (int c = 0; c < kQueryBoxes; ++c) {
+            if (kLoads) smem.ring.wait_box(ordinal, kRegisterBoxes + c);
+            const auto* from = reinterpret_cast<const uint4*>(smem.ring.box(ordinal, kRegisterBoxes + c));
+            auto* to = reinterpret_cast<uint4*>(smem.q[c]);
+#pragma unroll
+            for (int i = 0; i < kBoxBytes / 16; i += kScoreThreads) to[i + thread] = from[i + thread];
+        }
+        fence_proxy_async();
+        named_barrier_sync(kBarrierScore, kScoreThreads);
+        smem.ring.release_unscored(ordinal);
     }
 
-    __device__ void issue_chain(u32 ordinal, int first, float (&s)[kTileTokens / 2]) {
+    // Issues the WGMMA of boxes [kFirst, kEnd), step by step in turn on `even` and `odd`, which may be the same. (Each step
+    // waits for the one before on the same accumulators, 70 cycles for 32 of work: one chain alone leaves half unused.)
+    template <int kFirst, int kEnd>
+    __device__ void issue(u32 ordinal, float (&even)[kTileTokens / 2], float (&odd)[kTileTokens / 2], bool fresh_even, bool fresh_odd) {
 #pragma unroll
-        for (int c = first; c < first + kChainBoxes && c < kBoxes; ++c) {
-            if (kLoads) mbarrier_wait(&ring_of(ordinal).full[c], phase_of(ordinal));
+        for (int c = kFirst; c < kEnd; ++c) {
+            if (kLoads) smem.ring.wait_box(ordinal, c);
             wgmma_fence();
-            const u64 q = descriptor_k_major(smem.q.box[c]), k = descriptor_k_major(box(ordinal, c));
+            const u32 k = descriptor_k_major(smem.ring.box(ordinal, c));
+            const u32 query = descriptor_k_major(smem.q[c < kRegisterBoxes ? 0 : c - kRegisterBoxes]);
 #pragma unroll
-            for (int step = 0; step < kStepsPerBox; ++step)
-                wgmma_ss<kTileTokens, 0, 0>(s, q + step * kAdvanceAlongRow, k + step * kAdvanceAlongRow, c > first || step > 0);
+            for (int step = 0; step < kStepsPerBox; ++step) {
+                const int i = c * kStepsPerBox + step;
+                float (&s)[kTileTokens / 2] = step % 2 == 0 ? even : odd;
+                const bool accumulate = c > kFirst || step > 1 || !(step == 0 ? fresh_even : fresh_odd);
+                if (i < kRegisterSteps) wgmma_rs_n64(s, q[i < kRegisterSteps ? i : 0], k + step * kAdvanceAlongRow, accumulate);
+                else wgmma_ss<kTileTokens, 0, 0>(s, query + step * kAdvanceAlongRow, k + step * kAdvanceAlongRow, accumulate);
+            }
         }
         wgmma_commit();
     }
 
-    // Masked scores of an owned tile, complete on return: a chain after the other (softmax.cuh), the first two together.
-    __device__ void scores(const WorkItem& w, int tile, u32 ordinal, float (&s)[kTileTokens / 2]) {
-        float part[kTileTokens / 2];
-        issue_chain(ordinal, 0, s);
+    // Completes what is in flight and adds `part` to `s`.
+    __device__ static void add(float (&s)[kTileTokens / 2], float (&part)[kTileTokens / 2]) {
+        wgmma_wait<0>();
+        wgmma_fence_operands(s);
+        wgmma_fence_operands(part);
 #pragma unroll
-        for (int first = kChainBoxes; first < kBoxes; first += kChainBoxes) {
-            issue_chain(ordinal, first, part);
-            wgmma_wait<0>();
-            wgmma_fence_operands(s);
-            wgmma_fence_operands(part);
-#pragma unroll
-            for (int i = 0; i < kTileTokens / 2; ++i) s[i] += part[i];
+        for (int i = 0; i < kTileTokens / 2; ++i) s[i] += part[i];
+    }
+
+    // s += scores over the chains from kFirst on, each through `part`.
+    template <int kFirst>
+    __device__ void add_chains(u32 ordinal, float (&s)[kTileTokens / 2], float (&part)[kTileTokens / 2]) {
+        if constexpr (kFirst < kBoxes) {
+            constexpr int kEnd = kFirst + kChainBoxes < kBoxes ? kFirst + kChainBoxes : kBoxes;
+            issue<kFirst, kEnd>(ordinal, part, part, true, false);
+            add(s, part);
+            add_chains<kEnd>(ordinal, s, part);
         }
-        if (kSoftmax && (tile + 1) * kTileTokens > w.kv_len - (p.causal ? p.s_q - 1 : 0)) mask(w, tile, s);
+    }
+
+    // Scores are summed in two chains that run in turn, the first of which begins under the softmax of the tile before.
+    // An item whose scores grow large goes on in short chains, one after the other (softmax.cuh).
+    __device__ void tiles(const WorkItem& w, int tile, int end, u32 ordinal) {
+        if constexpr (!kMath) {
+            for (; tile < end; ++tile, ++ordinal) {
+                for (int c = 0; c < kBoxes; ++c) smem.ring.wait_box(ordinal, c);
+                smem.ring.publish(ordinal);
+            }
+            return;
+        }
+        float s[kTileTokens / 2], part[kTileTokens / 2];
+        bool large = false;
+        issue<0, kAheadBoxes>(ordinal, part, part, true, false);
+#pragma unroll 1
+        for (; tile < end; ++tile, ++ordinal) {
+            issue<kAheadBoxes, kBoxes>(ordinal, s, part, true, false);
+            add(s, part);
+            if (kSoftmax && (large = scores_are_large(s))) break;
+            issue<0, kAheadBoxes>(tile + 1 < end ? ordinal + 1 : ordinal, part, part, true, false);  // after the last for nothing
+            finish_tile(w, tile, ordinal, s);
+        }
+        wgmma_wait<0>();
+        if (!large) return;
+#pragma unroll 1
+        for (; tile < end; ++tile, ++ordinal) {
+#pragma unroll
+            for (int i = 0; i < kTileTokens / 2; ++i) s[i] = 0.f;
+            add_chains<0>(ordinal, s, part);
+            finish_tile(w, tile, ordinal, s);
+        }
+    }
+
+    // The same answer for the whole warpgroup.
+    __device__ bool scores_are_large(const float (&s)[kTileTokens / 2]) {
+        float top = s[0];
+#pragma unroll
+        for (int i = 1; i < kTileTokens / 2; ++i) top = fmaxf(top, s[i]);
+        return named_barrier_any(kBarrierScore, kScoreThreads, top * p.softmax_scale_log2 > kLargeScore);
+    }
+
+    __device__ void finish_tile(const WorkItem& w, int tile, u32 ordinal, float (&s)[kTileTokens / 2]) {
+        if constexpr (kSoftmax) {
+            if ((tile + 1) * kTileTokens > w.kv_len - (p.causal ? p.s_q - 1 : 0)) mask(w, tile, s);
+            softmax(ordinal, s);
+            store_p(ordinal, s);
+            const int valid = w.kv_len - tile * kTileTokens;
+            if (valid < kTileTokens)
+                zero_token_rows([&](int c) { return smem.ring.box(ordinal, c); }, valid, launder(threadIdx.x) % kWarpgroup);
+            fence_proxy_async();
+        } else {  // else ptxas drops the multiplications
+#pragma unroll
+            for (int i = 0; i < kTileTokens / 2; ++i) l[i / 2 & 1] += s[i];
+        }
+        smem.ring.publish(ordinal);
     }
 
     __device__ void mask(const WorkItem& w, int tile, float (&s)[kTileTokens / 2]) {
-        const int lane = launder(this->lane), row = launder(warp) * 16 + lane / 4;
+        const u32 row = this->row(), column = launder(lane) % 4 * 2;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const int end = visible_end(p, w.kv_len, w.row_block * kRows + row + r * 8) - tile * kTileTokens - (lane & 3) * 2;
+            const int end = visible_end(p, w.kv_len, w.row_block * kRows + row + r * 8) - tile * kTileTokens - column;
 #pragma unroll
             for (int i = 0; i < kTileTokens / 2; ++i)
                 if ((i / 2 & 1) == r && i / 4 * 8 + (i & 1) >= end) s[i] = -kInfinity;
         }
     }
 
-    __device__ void issue_pv(u32 ordinal, const u32 (&probabilities)[4][4]) {
-        const u64 v = descriptor_token_major(box(ordinal, kWg * kHalfBoxes));
-        wgmma_fence();
-#pragma unroll
-        for (int step = 0; step < 4; ++step) wgmma_rs_n256<1>(o, probabilities[step], v + step * kAdvanceDownRows, true);
-        wgmma_commit();
-    }
-
-    // The same with P from the other warpgroup's copy.
-    __device__ void issue_pv_shared(u32 ordinal) {
-        const u64 v = descriptor_token_major(box(ordinal, kWg * kHalfBoxes)), copy = descriptor_k_major(box(ordinal, kRotaryBox));
-        wgmma_fence();
-#pragma unroll
-        for (int step = 0; step < 4; ++step)
-            wgmma_ss<kHalfColumns, 0, 1>(o, copy + step * kAdvanceAlongRow, v + step * kAdvanceDownRows, true);
-        wgmma_commit();
-    }
-
-    __device__ void wait_all() {
-        wgmma_wait<0>();
-        wgmma_fence_operands(o);
-    }
-
-    // This warpgroup's half of V; the reader of P's copy also gives back the rotary box.
-    __device__ void release(u32 ordinal, bool with_copy) {
-        if (!kLoads) return;
-        const int lane = launder(this->lane);
-        if (lane < kHalfBoxes) mbarrier_arrive(&ring_of(ordinal).empty[kWg * kHalfBoxes + lane]);
-        if (with_copy && lane == kHalfBoxes) mbarrier_arrive(&ring_of(ordinal).empty[kRotaryBox]);
-    }
-
-    __device__ void rescale(const float (&factor)[2]) {
-#pragma unroll
-        for (int i = 0; i < kHalfColumns / 2; ++i) o[i] *= factor[i / 2 & 1];
-    }
-
-    // Scores -> probabilities, in place. Returns whether this warp's references moved; `factor` is for O.
-    __device__ bool softmax(float (&s)[kTileTokens / 2], float (&factor)[2]) {
-        const int warp = launder(this->warp), row = warp * 16 + lane / 4;
+    // Scores -> probabilities, in place.
+    __device__ void softmax(u32 ordinal, float (&s)[kTileTokens / 2]) {
         const float scale = p.softmax_scale_log2;
         float top[2] = {-kInfinity, -kInfinity};
 #pragma unroll
         for (int i = 0; i < kTileTokens / 2; ++i) top[i / 2 & 1] = fmaxf(top[i / 2 & 1], s[i]);
         const bool passes = passes_reference(top[0], scale, m[0]) || passes_reference(top[1], scale, m[1]);
         const bool moved = __any_sync(0xffffffffu, passes);
+        const int slot = TileRing::rotary_slot(ordinal);
         if (moved) {
+            const u32 row = this->row();
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 top[r] = fmaxf(top[r], __shfl_xor_sync(0xffffffffu, top[r], 1));
                 top[r] = fmaxf(top[r], __shfl_xor_sync(0xffffffffu, top[r], 2));
-                const float after = fmaxf(m[r], top[r] * scale);
-                factor[r] = rescale_factor(m[r], after);
+                const float after = fmaxf(m[r], top[r] * scale), factor = rescale_factor(m[r], after);
                 m[r] = after;
-                l[r] *= factor[r];
-                if ((lane & 3) == 0) smem.reference[kWg][row + r * 8] = after;
+                l[r] *= factor;
+                n[r] *= factor;
+                if ((launder(lane) & 3) == 0) smem.factor[slot][row + r * 8] = factor;
             }
         }
-        if (lane == 0) smem.moved[kWg][warp] = moved;
+        if (launder(lane) == 0) smem.moved[slot][launder(warp)] = moved;
         const float reference[2] = {finite_reference(m[0]), finite_reference(m[1])};
 #pragma unroll
         for (int i = 0; i < kTileTokens / 2; ++i) {
             s[i] = exp2_approx(fmaf(s[i], scale, -reference[i / 2 & 1]));
             l[i / 2 & 1] += s[i];
         }
-        return moved;
     }
 
-    // S of an owned tile -> P in registers and its copy in the tile's rotary box.
-    __device__ void publish(const WorkItem& w, int tile, u32 ordinal, const float (&s)[kTileTokens / 2], u32 (&probabilities)[4][4]) {
+    // P in the place of the tile's rotary box: the A operand of PV.
+    __device__ void store_p(u32 ordinal, const float (&s)[kTileTokens / 2]) {
+        const u32 lane = launder(this->lane);
+        const u32 box = smem_address(smem.ring.box(ordinal, kRotaryBox));
 #pragma unroll
-        for (int step = 0; step < 4; ++step)
+        for (int step = 0; step < 4; ++step) {
+            u32 packed[4];
 #pragma unroll
-            for (int i = 0; i < 4; ++i) probabilities[step][i] = pack_elements(s[step * 8 + i * 2], s[step * 8 + i * 2 + 1]);
-        if constexpr (kSoftmax) {
-            const int lane = launder(this->lane);
-            const u32 copy = smem_address(box(ordinal, kRotaryBox));
-            const int copy_row = warp * 16 + (lane / 8 & 1) * 8 + (lane & 7);
-#pragma unroll
-            for (int step = 0; step < 4; ++step)
-                stmatrix_x4(copy + swizzled_offset(copy_row, step * 2 + lane / 16), probabilities[step][0],
-                            probabilities[step][1], probabilities[step][2], probabilities[step][3]);
-            const int valid = w.kv_len - tile * kTileTokens;
-            if (valid < kTileTokens) zero_token_rows([&](int c) { return box(ordinal, c); }, valid, launder(thread));
-            fence_proxy_async();
-            if (valid < kTileTokens) named_barrier_sync(kBarrierWarpgroup + kWg, kWarpgroup);
-        }
-        if constexpr (kLoads) mbarrier_arrive(&smem.p_ready[kWg]);  // also: QK no longer reads the tile
-    }
-
-    // Waits for the other's P and follows its reference.
-    __device__ void take_copy() {
-        const int warp = launder(this->warp), row = warp * 16 + lane / 4;
-        if constexpr (kLoads) {
-            mbarrier_wait(&smem.p_ready[1 - kWg], p_phase);
-            p_phase ^= 1;
-        }
-        if constexpr (kSoftmax) {
-            if (smem.moved[1 - kWg][warp]) {
-                float factor[2];
-#pragma unroll
-                for (int r = 0; r < 2; ++r) {
-                    const float after = smem.reference[1 - kWg][row + r * 8];
-                    factor[r] = rescale_factor(m[r], after);
-                    m[r] = after;
-                    l[r] *= factor[r];
-                }
-                rescale(factor);
+            for (int i = 0; i < 4; ++i) {
+                packed[i] = pack_elements(s[step * 8 + i * 2], s[step * 8 + i * 2 + 1]);
+                const float2 rounded = unpack_elements(packed[i]);
+                n[i & 1] += rounded.x + rounded.y;
             }
+            stmatrix_x4(box + swizzled_offset(warp * 16 + (lane & 15), step * 2 + lane / 16), packed[0], packed[1], packed[2], packed[3]);
         }
     }
 
-    // Tiles `tile` (lead's) and `tile + 1` (trail's, if `pair`), of ordinals `even` and `even + 1`.
-    __device__ void lead(const WorkItem& w, int tile, u32 even, bool pair) {
-        float s[kTileTokens / 2], factor[2];
-        u32 probabilities[4][4];
-        scores(w, tile, even, s);
-        const bool moved = kSoftmax && softmax(s, factor);
-        publish(w, tile, even, s, probabilities);
-        if (moved) rescale(factor);
-        issue_pv(even, probabilities);
-        wait_all();
-        release(even, false);
-        if (pair) {
-            take_copy();
-            issue_pv_shared(even + 1);
-            wait_all();
-            release(even + 1, true);
-        }
-    }
-
-    __device__ void trail(const WorkItem& w, int tile, u32 even, bool pair) {
-        float s[kTileTokens / 2], factor[2];
-        u32 probabilities[4][4];
-        if (pair) scores(w, tile + 1, even + 1, s);
-        take_copy();
-        issue_pv_shared(even);  // runs under the softmax below
-        if (!pair) {
-            wait_all();
-            release(even, true);
-            return;
-        }
-        const bool moved = kSoftmax && softmax(s, factor);
-        publish(w, tile + 1, even + 1, s, probabilities);
-        wait_all();
-        release(even, true);
-        if (moved) rescale(factor);
-        issue_pv(even + 1, probabilities);
-        wait_all();
-        release(even + 1, false);
-    }
-
-    // Loads alone: each warpgroup waits for the boxes that it gives back, and for no others: those may be refilled.
-    __device__ void drain(u32 ordinal) {
-        for (int c = 0; c < kBoxes; ++c) {
-            if (c / kHalfBoxes % 2 != kWg) continue;
-            mbarrier_wait(&ring_of(ordinal).full[c], phase_of(ordinal));
-            __syncwarp();
-            if (lane == 0) mbarrier_arrive(&ring_of(ordinal).empty[c]);
-        }
-    }
-
-    __device__ void tiles(const WorkItem& w) {
-        for (int tile = w.begin; tile < w.end; tile += 2) {
-            const bool pair = tile + 1 < w.end;
-            const u32 even = launder(w.tiles_before + tile - w.begin);
-            if constexpr (!kMath) {
-                drain(even);
-                if (pair) drain(even + 1);
-            } else if constexpr (kWg == 0) {
-                lead(w, tile, even, pair);
-            } else {
-                trail(w, tile, even, pair);
-            }
-        }
-    }
-
-    // Row sums over the tile's columns and both warpgroups.
-    __device__ void join(const WorkItem& w) {
-        const int lane = launder(this->lane), row = launder(warp) * 16 + lane / 4;
+    __device__ void end(const WorkItem& w, float* sums) {
+        const u32 row = this->row();
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            l[r] += __shfl_xor_sync(0xffffffffu, l[r], 1);
-            l[r] += __shfl_xor_sync(0xffffffffu, l[r], 2);
-            if ((lane & 3) == 0) smem.sums[kWg][row + r * 8] = l[r];
-        }
-        named_barrier_sync(kBarrierConsumers, kConsumers);
 #pragma unroll
-        for (int r = 0; r < 2; ++r) l[r] = w.invalid ? kNan : smem.sums[0][row + r * 8] + smem.sums[1][row + r * 8];
+            for (int step = 1; step < 4; step *= 2) {
+                l[r] += __shfl_xor_sync(0xffffffffu, l[r], step);
+                n[r] += __shfl_xor_sync(0xffffffffu, n[r], step);
+            }
+            if ((launder(lane) & 3) != 0) continue;
+            if (w.invalid) l[r] = n[r] = kNan;
+            sums[row + r * 8] = n[r];
+            write_stats<kRows>(p, w, row + r * 8, {m[r], l[r], n[r]});
+        }
+    }
+};
+
+template <int kHalf>
+struct Values {
+    using Fragment = RowsFragment;
+    const DecodeParams& p;
+    SharedMemory& smem;
+    float o[kPvParts][kPvColumns / 2];
+
+    __device__ Values(const DecodeParams& p, SharedMemory& smem) : p(p), smem(smem) {}
+
+    __device__ void reset() {
+#pragma unroll
+        for (int i = 0; i < kHalfColumns / 2; ++i) at(i) = 0.f;
     }
 
-    __device__ float4 vector(int j) const { return make_float4(o[4 * j], o[4 * j + 1], o[4 * j + 2], o[4 * j + 3]); }
-    __device__ void set_vector(int j, float4 v) { o[4 * j] = v.x, o[4 * j + 1] = v.y, o[4 * j + 2] = v.z, o[4 * j + 3] = v.w; }
+    __device__ void tile(u32 ordinal) {
+        smem.ring.wait_scored(ordinal);
+        if constexpr (kSoftmax) {
+            const u32 slot = TileRing::rotary_slot(ordinal), thread = launder(threadIdx.x) % kWarpgroup;
+            if (smem.moved[slot][thread / 32]) {
+                const float factor[2] = {smem.factor[slot][Fragment::row(thread, 0)], smem.factor[slot][Fragment::row(thread, 1)]};
+#pragma unroll
+                for (int i = 0; i < kHalfColumns / 2; ++i) at(i) *= factor[i / 2 & 1];
+            }
+        }
+        if constexpr (kMath) {
+            const u32 probabilities = descriptor_k_major(smem.ring.box(ordinal, kRotaryBox));
+            wgmma_fence();
+            const u32 v = descriptor_token_major(smem.ring.box(ordinal, kHalf * kGroupBoxes));
+#pragma unroll
+            for (int step = 0; step < 4; ++step)
+#pragma unroll
+                for (int part = 0; part < kPvParts; ++part)
+                    wgmma_ss<kPvColumns, 0, 1>(o[part], probabilities + step * kAdvanceAlongRow,
+                                               v + part * (kPvColumns / kBoxColumns * kBoxBytes >> 4) + step * kAdvanceDownRows, true);
+            wgmma_commit();
+            wgmma_wait<0>();
+#pragma unroll
+            for (int part = 0; part < kPvParts; ++part) wgmma_fence_operands(o[part]);
+        }
+        smem.ring.release(ordinal, kHalf);
+    }
+
+    __device__ float& at(int i) { return o[i / (kPvColumns / 2)][i % (kPvColumns / 2)]; }
+    __device__ float4 vector(int j) { return make_float4(at(4 * j), at(4 * j + 1), at(4 * j + 2), at(4 * j + 3)); }
+    __device__ void set_vector(int j, float4 v) { at(4 * j) = v.x, at(4 * j + 1) = v.y, at(4 * j + 2) = v.z, at(4 * j + 3) = v.w; }
 };
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1) mla_decode(const __grid_constant__ DecodeParams p) {
     extern __shared__ __align__(1024) char shared[];
-    run_cta<kRows, Consumer>(p, *reinterpret_cast<SharedMemory*>(shared));
+    run_cta<kRows, Scores, Values>(p, *reinterpret_cast<SharedMemory*>(shared));
 }

@@ -19,38 +19,42 @@ constexpr int kRotaryBox = kBoxesV;
 constexpr int kStepK = 16;  // the K extent of one WGMMA
 constexpr int kStepsPerBox = kBoxColumns / kStepK;
 
+// The four boxes of V that one value warpgroup multiplies lie side by side.
+constexpr int kGroupBoxes = kBoxesV / 2;
+constexpr int kGroups = 2;  // a tile
+
+// Roles, a warpgroup each: two of values, one of scores, the producer's.
 constexpr int kWarpgroup = 128;
-constexpr int kConsumers = 2 * kWarpgroup;
-constexpr int kThreads = kConsumers + kWarpgroup;  // two consumer warpgroups, then the producer's
+constexpr int kValueThreads = 2 * kWarpgroup;
+constexpr int kScoreThreads = kWarpgroup;
+constexpr int kThreads = kValueThreads + kScoreThreads + kWarpgroup;
 constexpr int kMaxSharedBytes = 227 * 1024;
 
 // Named barriers (0 is __syncthreads).
-constexpr u32 kBarrierConsumers = 1;
-constexpr u32 kBarrierWarpgroup = 2;  // + warpgroup
+constexpr u32 kBarrierValues = 1;
+constexpr u32 kBarrierScore = 2;
 
-// Matrix descriptors (PTX ISA, "asynchronous warpgroup level matrix shared memory layout"), 128-byte swizzle.
-// Eight rows of 128 bytes make a 1,024-byte atom.
-__device__ __forceinline__ u64 descriptor(const void* smem, u32 leading_bytes) {
-    constexpr u64 kSwizzle128 = 1ull << 62;
-    constexpr u64 kAtomStride = static_cast<u64>(1024 >> 4) << 32;
-    return kSwizzle128 | kAtomStride | (static_cast<u64>(leading_bytes >> 4) << 16) |
-           static_cast<u64>((smem_address(smem) & 0x3FFFF) >> 4);
+// Matrix descriptors (PTX ISA, "asynchronous warpgroup level matrix shared memory layout"), 128-byte swizzle: eight rows of
+// 128 bytes make a 1,024-byte atom. The upper word is the same for all (ptx.cuh), so the lower one stands for it: the
+// address and, where operands have several boxes side by side, their distance.
+__device__ __forceinline__ u32 descriptor(const void* smem, u32 leading_bytes) {
+    return (leading_bytes >> 4) << 16 | (smem_address(smem) & 0x3FFFF) >> 4;
 }
 
 // Rows x 64 columns, the contraction runs along the 128-byte row (K and Q in QK^T, P in PV).
-__device__ __forceinline__ u64 descriptor_k_major(const void* smem) { return descriptor(smem, 16); }
+__device__ __forceinline__ u32 descriptor_k_major(const void* smem) { return descriptor(smem, 16); }
 
 // Tokens x 64 columns, the contraction runs down the rows (V); boxes side by side lie kBoxBytes apart.
-__device__ __forceinline__ u64 descriptor_token_major(const void* smem) { return descriptor(smem, kBoxBytes); }
+__device__ __forceinline__ u32 descriptor_token_major(const void* smem) { return descriptor(smem, kBoxBytes); }
 
-constexpr u64 kAdvanceAlongRow = (kStepK * 2) >> 4;     // next 16 columns, in descriptor units of 16 bytes
-constexpr u64 kAdvanceDownRows = (kStepK * 128) >> 4;   // next 16 rows
+constexpr u32 kAdvanceAlongRow = (kStepK * 2) >> 4;     // next 16 columns, in descriptor units of 16 bytes
+constexpr u32 kAdvanceDownRows = (kStepK * 128) >> 4;   // next 16 rows
 
 // Byte offset of 16-byte chunk `chunk` (0-7) of row `row` in a swizzled box.
-__device__ __forceinline__ u32 swizzled_offset(int row, int chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
+__device__ __forceinline__ u32 swizzled_offset(u32 row, u32 chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
 
 // Zeroes rows [first_row, 64) of the eight V boxes at `boxes`: slots past the sequence may hold NaN, and 0 * NaN is
-// NaN. Whole rows, so the swizzle does not matter. Called by one warpgroup; `box_of(c)` gives box c's address.
+// NaN. Whole rows, so the swizzle does not matter. Called by one warpgroup; `box_of(c)` gives box c.
 template <class BoxOf>
 __device__ __forceinline__ void zero_token_rows(BoxOf box_of, int first_row, int thread) {
     const int chunks = (kTileTokens - first_row) * 8;

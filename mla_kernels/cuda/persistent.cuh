@@ -1,68 +1,114 @@
-// The life of a CTA, the same for every kernel: three warpgroups take their roles, the consumers go through the items
-// of the share, and merge at its end what they share with other CTAs.
+// The life of a CTA, the same for every kernel. Four warpgroups take their roles:
 //
-// A kernel brings its SharedMemory (ring, queue, pending, q and what it needs itself, with init_barriers()) and a
-// Consumer<warpgroup>: Fragment, reset, tiles, join, vector, set_vector.
+//   0, 1  values   each multiplies P with its own four boxes of V and holds that half of O's columns
+//   2     scores   S = Q K^T, softmax, P; holds the rows' references and sums
+//   3     producer: one warp schedules, one streams tiles, one the queries where they do not come through the ring
+//
+// The score warpgroup is a tile or two ahead of the value warpgroups, so that one's softmax runs under the others' WGMMA.
+// A kernel brings its SharedMemory (ring, queue, sums, pending, init_barriers(), fetch_queries()) and two roles:
+//   Scores          begin, tiles, end
+//   Values<half>    Fragment, reset, tile, vector, set_vector
 #pragma once
 #include "merge.cuh"
 #include "producer.cuh"
-#include "query.cuh"
 
-constexpr int kConsumerRegisters = 232, kProducerRegisters = 40;
+constexpr int kValueRegisters = MLA_VALUE_REGISTERS, kScoreRegisters = MLA_SCORE_REGISTERS, kProducerRegisters = MLA_PRODUCER_REGISTERS;
 
-template <int kRows, class Consumer, class SharedMemory>
-__device__ __forceinline__ void consume(const DecodeParams& p, SharedMemory& smem, Consumer& consumer) {
-    for (u32 index = 0;;) {
+// What the value warpgroups need of an item's rows: the sum of the probabilities that they multiplied.
+template <int kRows>
+struct ItemSums {
+    float n[ItemQueue::kSlots][kRows];
+    u64 ready[ItemQueue::kSlots];
+
+    __device__ void init_barriers() {
+        for (int i = 0; i < ItemQueue::kSlots; ++i) mbarrier_init(&ready[i], kScoreThreads / 32);
+    }
+    __device__ const float* wait(u32 index) {
+        mbarrier_wait(&ready[index % ItemQueue::kSlots], index / ItemQueue::kSlots & 1);
+        return n[index % ItemQueue::kSlots];
+    }
+    __device__ void publish(u32 index) {
+        __syncwarp();
+        if ((threadIdx.x & 31) == 0) mbarrier_arrive(&ready[index % ItemQueue::kSlots]);
+    }
+};
+
+template <class Scores, class SharedMemory>
+__device__ __forceinline__ void score_items(const DecodeParams& p, SharedMemory& smem) {
+    Scores scores(p, smem);
+    for (u32 index = 0;; ++index) {
         const WorkItem& w = smem.queue.wait(index);
         if (w.request < 0) break;
-        mbarrier_wait(&smem.q.full, index & 1);
+        if (w.tiles > 0) {
+            scores.begin(w);
+            scores.tiles(w, uniform(w.begin), uniform(w.end), uniform(w.ordinal));
+            scores.end(w, smem.sums.n[index % ItemQueue::kSlots]);
+        }
+        smem.sums.publish(index);
+        smem.queue.release(index);
+    }
+}
+
+template <int kRows, class Values, class SharedMemory>
+__device__ __forceinline__ void value_items(const DecodeParams& p, SharedMemory& smem) {
+    using Fragment = typename Values::Fragment;
+    Values values(p, smem);
+    for (u32 index = 0;; ++index) {
+        const WorkItem& w = smem.queue.wait(index);
+        if (w.request < 0) break;
         if (w.tiles == 0) {
-            if ((threadIdx.x & 31) == 0) mbarrier_arrive(&smem.q.empty);
+            smem.sums.wait(index);  // keeps the phases apart
             write_empty<kRows>(p, w);
         } else {
-            consumer.reset();
-            consumer.tiles(w);
-            if ((threadIdx.x & 31) == 0) mbarrier_arrive(&smem.q.empty);
-            consumer.join(w);
+            values.reset();
+            u32 ordinal = uniform(w.ordinal);
+            for (const u32 end = ordinal + uniform(w.end - w.begin); ordinal != end; ++ordinal) values.tile(ordinal);
+            const float* sums = smem.sums.wait(index);
             if (w.parts == 1 || absorbs(p, w)) {
                 if (w.parts > 1) wait_for_parts(p, w);
-                write_out<kRows>(p, w, consumer, w.parts - 1);
+                write_out<kRows>(p, w, values, sums);
             } else {
-                write_part<kRows>(p, w, consumer);
+                write_part<kRows>(p, w, values);
                 announce_part(p, w, smem.pending);
             }
         }
-        index = smem.queue.release(w);
+        smem.queue.release(index);
     }
-    auto& memory = *reinterpret_cast<MergeMemory<kRows>*>(smem.ring[0].box[0]);  // all boxes have been read
-    for (int i = 0; i < smem.pending.count; ++i) merge_slice<kRows, typename Consumer::Fragment>(p, smem.pending.item[i], memory);
+    named_barrier_sync(kBarrierValues, kValueThreads);  // `pending` is complete
+    static_assert(sizeof(MergeMemory<kRows>) <= sizeof(smem.ring.group), "merging takes the place of the tiles");
+    auto& memory = *reinterpret_cast<MergeMemory<kRows>*>(smem.ring.group);  // all boxes have been read
+    for (int i = 0; i < smem.pending.count; ++i) merge_slice<kRows, Fragment>(p, smem.pending.item[i], memory);
 }
 
 // Each role is its own instance under one if/else: otherwise ptxas serializes WGMMA or ignores setmaxnreg.
-template <int kRows, template <int> class Consumer, class SharedMemory>
+template <int kRows, class Scores, template <int> class Values, class SharedMemory>
 __device__ __forceinline__ void run_cta(const DecodeParams& p, SharedMemory& smem) {
     static_assert(sizeof(SharedMemory) <= kMaxSharedBytes, "shared memory is 227 KB");
     if (threadIdx.x == 0) {
-        smem.ring[0].init_barriers();
-        smem.ring[1].init_barriers();
-        smem.q.init_barriers();
+        smem.ring.init_barriers();
         smem.queue.init_barriers();
+        smem.sums.init_barriers();
         smem.init_barriers();
         smem.pending.count = 0;
         fence_barrier_init();
     }
     __syncthreads();
-    if (threadIdx.x >= kConsumers) {
+    const int warpgroup = threadIdx.x / kWarpgroup;
+    if (warpgroup == 3) {
         setmaxnreg_dec<kProducerRegisters>();
-        if (threadIdx.x < kConsumers + 32) produce(p, smem.ring, smem.queue);
-        else if (threadIdx.x < kConsumers + 64) fetch_queries<kRows>(p, smem.q, smem.queue);
-    } else if (threadIdx.x < kWarpgroup) {
-        setmaxnreg_inc<kConsumerRegisters>();
-        Consumer<0> consumer{p, smem};
-        consume<kRows>(p, smem, consumer);
+        const int warp = (threadIdx.x - (kThreads - kWarpgroup)) / 32;
+        if (warp == 0) schedule_items(p, smem.queue);
+        else if (warp == 1) load_items(p, smem.ring, smem.queue);
+        else if (warp == 2) smem.fetch_queries(p);
+    } else if (warpgroup == 2) {
+        if (kScoreRegisters >= 128) setmaxnreg_inc<kScoreRegisters>();
+        else setmaxnreg_dec<kScoreRegisters>();
+        score_items<Scores>(p, smem);
+    } else if (warpgroup == 0) {
+        setmaxnreg_inc<kValueRegisters>();
+        value_items<kRows, Values<0>>(p, smem);
     } else {
-        setmaxnreg_inc<kConsumerRegisters>();
-        Consumer<1> consumer{p, smem};
-        consume<kRows>(p, smem, consumer);
+        setmaxnreg_inc<kValueRegisters>();
+        value_items<kRows, Values<1>>(p, smem);
     }
 }

@@ -1,12 +1,12 @@
-// The producer warp: walks the CTA's work items and streams their KV boxes into a ring, as far ahead of the consumers
-// as the ring is deep, across item borders.
+// The producer warps: one walks the CTA's work items, one streams their KV tiles into a ring, as far ahead of the others as
+// the ring is deep, across item borders.
 #pragma once
 #include "schedule.cuh"
 
 // What a cubin does: all of it, or one of the building blocks that the study measures alone.
 enum class Work {
     kDecode,    // everything
-    kStream,    // the loads, no arithmetic
+    kStream,    // the loads and the handing over of buffers, no arithmetic
     kMma,       // the WGMMA sequence on whatever lies in shared memory, no loads
     kSkeleton,  // loads and WGMMA, without softmax and the exchange of P
 };
@@ -15,101 +15,154 @@ constexpr bool kLoads = kWork != Work::kMma;
 constexpr bool kMath = kWork != Work::kStream;
 constexpr bool kSoftmax = kWork == Work::kDecode;
 
-// Two rings, one for the tiles of even ordinal in a CTA's share, one for the odd: whoever takes a ring's tiles takes all
-// of them in order. (With one ring shared by two warpgroups, one could wait for a slot's next use before its last use
-// had landed, and the parity of an mbarrier does not tell these apart.)
-template <int kSlots>
-struct alignas(1024) BoxRing {
-    u16 box[kSlots][kBoxElements];
-    u64 full[kSlots];   // the box has landed
-    u64 empty[kSlots];  // four warps have read it for the last time
+constexpr int kGroupSlots = MLA_GROUP_SLOTS, kRotarySlots = MLA_ROTARY_SLOTS;
+static_assert(kGroupSlots >= kGroups + 1 && kRotarySlots >= 2, "a tile and what comes after it");
+
+// Tiles in flight, known by their ordinal in the CTA's stream. A tile is two groups of four boxes and a rotary box, each
+// a slot of its own, so that a group's slot is free again when its value warpgroup is done. The score warpgroup waits
+// for every box; when a tile is scored, P takes the place of its rotary box, which nobody else needs.
+struct TileRing {  // at a multiple of 1,024 bytes, the swizzle's atom
+    u16 group[kGroupSlots][kGroupBoxes][kBoxElements];
+    u16 rotary[kRotarySlots][kBoxElements];
+    u64 group_full[kGroupSlots][kGroupBoxes];  // the box has landed
+    u64 group_empty[kGroupSlots];              // four warps have read the group for the last time
+    u64 rotary_full[kRotarySlots];
+    u64 rotary_empty[kRotarySlots];  // eight warps have read P
+    u64 scored[kRotarySlots];        // P lies there, and QK no longer reads the tile
 
     __device__ void init_barriers() {
-        static_assert(sizeof(BoxRing) % 1024 == 0, "the second ring must start on a swizzle atom too");
-        for (int i = 0; i < kSlots; ++i) {
-            mbarrier_init(&full[i], 1);
-            mbarrier_init(&empty[i], 4);
+        for (int i = 0; i < kGroupSlots; ++i) {
+            for (int c = 0; c < kGroupBoxes; ++c) mbarrier_init(&group_full[i][c], 1);
+            mbarrier_init(&group_empty[i], kWarpgroup / 32);
         }
+        for (int i = 0; i < kRotarySlots; ++i) {
+            mbarrier_init(&rotary_full[i], 1);
+            mbarrier_init(&rotary_empty[i], kValueThreads / 32);
+            mbarrier_init(&scored[i], kScoreThreads / 32);
+        }
+    }
+
+    __device__ static u32 group_slot(u32 ordinal, u32 g) { return (ordinal * kGroups + g) % kGroupSlots; }
+    __device__ static u32 group_phase(u32 ordinal, u32 g) { return (ordinal * kGroups + g) / kGroupSlots & 1; }
+    __device__ static u32 rotary_slot(u32 ordinal) { return ordinal % kRotarySlots; }
+    __device__ static u32 rotary_phase(u32 ordinal) { return ordinal / kRotarySlots & 1; }
+
+    __device__ u16* box(u32 ordinal, int c) {
+        return c == kRotaryBox ? rotary[rotary_slot(ordinal)] : group[group_slot(ordinal, c / kGroupBoxes)][c % kGroupBoxes];
+    }
+    __device__ void wait_box(u32 ordinal, int c) {
+        if (c == kRotaryBox) mbarrier_wait(&rotary_full[rotary_slot(ordinal)], rotary_phase(ordinal));
+        else mbarrier_wait(&group_full[group_slot(ordinal, c / kGroupBoxes)][c % kGroupBoxes], group_phase(ordinal, c / kGroupBoxes));
+    }
+    // Score warpgroup, every thread, after its writes to the tile: hands the tile to the value warpgroups.
+    __device__ void publish(u32 ordinal) {
+        if (!kLoads) return;
+        __syncwarp();
+        if ((threadIdx.x & 31) == 0) mbarrier_arrive(&scored[rotary_slot(ordinal)]);
+    }
+    __device__ void wait_scored(u32 ordinal) {
+        if (kLoads) mbarrier_wait(&scored[rotary_slot(ordinal)], rotary_phase(ordinal));
+    }
+    // Value warpgroup g, every thread, when it has read its group and P.
+    __device__ void release(u32 ordinal, int g) {
+        if (!kLoads) return;
+        const u32 lane = launder(threadIdx.x & 31);
+        if (lane == 0) mbarrier_arrive(&group_empty[group_slot(ordinal, g)]);
+        if (lane == 1) mbarrier_arrive(&rotary_empty[rotary_slot(ordinal)]);
+    }
+    // Score warpgroup, every thread, when it has read a tile that no value warpgroup reads.
+    __device__ void release_unscored(u32 ordinal) {
+        if (!kLoads) return;
+        publish(ordinal);  // keeps the phases in step
+        const u32 lane = launder(threadIdx.x & 31);
+        if (lane < kGroups) mbarrier_arrive(&group_empty[group_slot(ordinal, lane)]);
+        if (lane == kGroups) mbarrier_arrive(&rotary_empty[rotary_slot(ordinal)], kValueThreads / kScoreThreads);
+    }
+    // One thread: the nine boxes at row `y` of page or sequence `z`.
+    __device__ void load(u32 ordinal, const TensorMap* map, int y, int z) {
+#pragma unroll 1
+        for (int g = 0; g < kGroups; ++g) {
+            const u32 slot = group_slot(ordinal, g);
+            mbarrier_wait(&group_empty[slot], group_phase(ordinal, g) ^ 1);
+#pragma unroll 1
+            for (int c = 0; c < kGroupBoxes; ++c) {
+                mbarrier_arrive_expect_tx(&group_full[slot][c], kBoxBytes);
+                tma_load_3d(group[slot][c], map, &group_full[slot][c], (g * kGroupBoxes + c) * kBoxColumns, y, z);
+            }
+        }
+        const u32 slot = rotary_slot(ordinal);
+        mbarrier_wait(&rotary_empty[slot], rotary_phase(ordinal) ^ 1);
+        mbarrier_arrive_expect_tx(&rotary_full[slot], kBoxBytes);
+        tma_load_3d(rotary[slot], map, &rotary_full[slot], kRotaryBox * kBoxColumns, y, z);
     }
 };
 
-// Slot of a ring and the parity of its use.
-struct RingPlace {
-    int slot;
-    u32 phase;
-};
-
-// Place of box c of the tile of this ordinal in its ring.
-template <int kSlots>
-__device__ __forceinline__ RingPlace ring_place(u32 ordinal, int c) {
-    const u32 box = (ordinal >> 1) * kBoxes + c;
-    return {static_cast<int>(box % kSlots), box / kSlots & 1};
-}
-
-// Work items on their way from the producer to the consumers and the warp that loads their queries. `request` < 0 ends
-// the share.
+// Work items on their way from the producer to the other roles. `request` < 0 ends the share.
 struct ItemQueue {
-    static constexpr int kSlots = 4;
+    static constexpr int kSlots = 3;
+    // Warps that read it: values, scores, the loader, and where queries do not come through the ring theirs.
+    static constexpr int kReaders = (kValueThreads + kScoreThreads) / 32 + 1 + (MLA_ROWS != kTileTokens);
     WorkItem item[kSlots];
     u64 full[kSlots], empty[kSlots];
 
     __device__ void init_barriers() {
         for (int i = 0; i < kSlots; ++i) {
             mbarrier_init(&full[i], 1);
-            mbarrier_init(&empty[i], kConsumers / 32 + 1);
+            mbarrier_init(&empty[i], kReaders);
         }
     }
-    __device__ WorkItem& push(const WorkItem& w) {  // by one thread
-        const u32 slot = w.index % kSlots;
-        mbarrier_wait(&empty[slot], (w.index / kSlots & 1) ^ 1);
-        item[slot] = w;
-        mbarrier_arrive(&full[slot]);
-        return item[slot];
+    __device__ WorkItem& open(u32 index) {  // to be written, by one warp
+        mbarrier_wait(&empty[index % kSlots], (index / kSlots & 1) ^ 1);
+        return item[index % kSlots];
+    }
+    __device__ void close(u32 index) {
+        __syncwarp();
+        if ((threadIdx.x & 31) == 0) mbarrier_arrive(&full[index % kSlots]);
     }
     __device__ WorkItem& wait(u32 index) {
         mbarrier_wait(&full[index % kSlots], index / kSlots & 1);
         return item[index % kSlots];
     }
-    __device__ u32 release(const WorkItem& w) {  // by every warp that waits; returns the next item's index
-        const u32 next = w.index + 1;
-        __syncwarp();  // no lane reads `w` any more
-        if ((threadIdx.x & 31) == 0) mbarrier_arrive(&empty[(next - 1) % kSlots]);
-        return next;
+    __device__ void release(u32 index) {  // by every warp that waits
+        __syncwarp();  // no lane reads the item any more
+        if ((threadIdx.x & 31) == 0) mbarrier_arrive(&empty[index % kSlots]);
     }
 };
 
-// Run by one warp: walks the CTA's share, hands its items to the consumers and streams their boxes.
-// A page id outside the pool is never read: TMA fills the box with zeros, and `invalid` makes NaN of the result.
-template <int kSlots>
-__device__ __forceinline__ void produce(const DecodeParams& p, BoxRing<kSlots> (&rings)[2], ItemQueue& queue) {
-    const int lane = threadIdx.x & 31;
+// Run by one warp: walks the CTA's share and hands its items to the others.
+__device__ __forceinline__ void schedule_items(const DecodeParams& p, ItemQueue& queue) {
     WorkRange range(p);
-    WorkItem w;
-    WorkItem* pushed = nullptr;
-    while (range.next(w)) {
-        if (lane == 0) pushed = &queue.push(w);
-        if (!kLoads) continue;
-        const int* pages = p.block_table + static_cast<long long>(w.request) * p.table_stride;
-        int lane_page = 0;
-        for (int tile = w.begin; tile < w.end; ++tile) {
-            const int ahead = (tile - w.begin) & 31;
-            if (ahead == 0 && tile + lane < w.end) lane_page = pages[tile + lane];
-            const int page = __shfl_sync(0xffffffffu, lane_page, ahead);
-            if (lane == 0) {
-                if (page < 0 || page >= p.num_pages) pushed->invalid = true;  // seen with the boxes' barriers
-                const u32 ordinal = w.tiles_before + tile - w.begin;
-                BoxRing<kSlots>& ring = rings[ordinal & 1];
-#pragma unroll 1
-                for (int c = 0; c < kBoxes; ++c) {
-                    const auto [slot, phase] = ring_place<kSlots>(ordinal, c);
-                    mbarrier_wait(&ring.empty[slot], phase ^ 1);
-                    mbarrier_arrive_expect_tx(&ring.full[slot], kBoxBytes);
-                    tma_load_3d(ring.box[slot], &p.kv_map, &ring.full[slot], c * kBoxColumns, 0, page);
-                }
-            }
-            __syncwarp();
-        }
+    u32 index = 0;
+    for (bool more = true; more; ++index) {
+        more = range.next(queue.open(index));
+        queue.close(index);
     }
-    range.end_mark(w);
-    if (lane == 0) queue.push(w);
+}
+
+// Run by one warp: streams the items' tiles.
+// A page id outside the pool is never read: TMA fills the box with zeros, and `invalid` makes NaN of the result.
+__device__ __forceinline__ void load_items(const DecodeParams& p, TileRing& ring, ItemQueue& queue) {
+    const int lane = threadIdx.x & 31;
+    for (u32 index = 0;; ++index) {
+        WorkItem& w = queue.wait(index);
+        if (w.request < 0) break;
+        if (kLoads && w.tiles > 0) {
+            const int* pages = p.block_table + static_cast<long long>(w.request) * p.table_stride;
+            if (MLA_ROWS == kTileTokens && lane == 0) ring.load(w.ordinal - 1, &p.q_map, w.row_block * kTileTokens, w.request);
+            u32 ordinal = w.ordinal;
+            const int begin = w.begin, end = w.end;
+            int lane_page = 0;
+            for (int tile = begin; tile < end; ++tile, ++ordinal) {
+                const int place = (tile - begin) & 31;
+                if (place == 0 && tile + lane < end) lane_page = pages[tile + lane];
+                const int page = __shfl_sync(0xffffffffu, lane_page, place);
+                if (lane == 0) {
+                    if (page < 0 || page >= p.num_pages) w.invalid = true;  // seen with the boxes' barriers
+                    ring.load(ordinal, &p.kv_map, 0, page);
+                }
+                __syncwarp();
+            }
+        }
+        queue.release(index);
+    }
 }

@@ -20,10 +20,13 @@ __device__ __forceinline__ u32 smem_address(const void* pointer) {
 
 // The same value, of unknown origin: what is derived from it is computed where it stands, instead of being hoisted over
 // the main loop into registers that the accumulators need.
-__device__ __forceinline__ int launder(int value) {
+__device__ __forceinline__ u32 launder(u32 value) {
     asm volatile("" : "+r"(value));
     return value;
 }
+
+// The same value, known to be the same in every lane: what is derived from it lives in uniform registers.
+__device__ __forceinline__ u32 uniform(u32 value) { return __shfl_sync(0xffffffffu, value, 0); }
 
 // ---- mbarrier: producer and consumers hand buffers to each other -------------------------------------------------
 
@@ -35,8 +38,8 @@ __device__ __forceinline__ void fence_barrier_init() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-__device__ __forceinline__ void mbarrier_arrive(u64* barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_address(barrier)) : "memory");
+__device__ __forceinline__ void mbarrier_arrive(u64* barrier, u32 count = 1) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(barrier)), "r"(count) : "memory");
 }
 
 __device__ __forceinline__ void mbarrier_arrive_expect_tx(u64* barrier, u32 bytes) {
@@ -123,19 +126,16 @@ __device__ __forceinline__ void wgmma_fence_operands(float (&reg)[kCount]) {
 #define REGS_64 REGS_32 \
     ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
     ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define REGS_128 REGS_64 \
-    ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
-    ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95" \
-    ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
-    ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define ACC_4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define ACC_8(d, i) ACC_4(d, i), ACC_4(d, i + 4)
 #define ACC_16(d, i) ACC_8(d, i), ACC_8(d, i + 8)
 #define ACC_32(d, i) ACC_16(d, i), ACC_16(d, i + 16)
 #define ACC_64(d, i) ACC_32(d, i), ACC_32(d, i + 32)
-#define ACC_128(d, i) ACC_64(d, i), ACC_64(d, i + 64)
 
-// d[64 x N] (+)= A[64 x 16] B[16 x N], A and B in shared memory, given by matrix descriptors (layout.cuh).
+// Upper word of every matrix descriptor: 128-byte swizzle, swizzle atoms of 1,024 bytes one after the other.
+constexpr u64 kDescriptorHigh = (1ull << 62) | (1024ull >> 4 << 32);
+
+// d[64 x N] (+)= A[64 x 16] B[16 x N], A and B in shared memory, given by the lower words of descriptors (layout.cuh).
 // kTransA / kTransB = 1: that operand is stored with its M (N) dimension contiguous.
 #define WGMMA_SS(N, REGS, a_index, b_index, p_index, ta_index, tb_index)                                         \
     asm volatile(                                                                                                \
@@ -143,27 +143,25 @@ __device__ __forceinline__ void wgmma_fence_operands(float (&reg)[kCount]) {
         "wgmma.mma_async.sync.aligned.m64n" #N "k16." MMA_TYPES " {" REGS_##REGS "}, " a_index ", " b_index         \
         ", p, 1, 1, " ta_index ", " tb_index ";\n}\n"                                                            \
         : ACC_##REGS(d, 0)                                                                                       \
-        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kTransA), "n"(kTransB))
+        : "l"(kDescriptorHigh | a), "l"(kDescriptorHigh | b), "r"(static_cast<int>(accumulate)), "n"(kTransA), "n"(kTransB))
 
 template <int kN, int kTransA, int kTransB>
-__device__ __forceinline__ void wgmma_ss(float (&d)[kN / 2], u64 a, u64 b, bool accumulate) {
-    static_assert(kN == 8 || kN == 16 || kN == 32 || kN == 64 || kN == 256, "no wrapper for this N");
+__device__ __forceinline__ void wgmma_ss(float (&d)[kN / 2], u32 a, u32 b, bool accumulate) {
+    static_assert(kN == 8 || kN == 16 || kN == 32 || kN == 64 || kN == 128, "no wrapper for this N");
     if constexpr (kN == 8) WGMMA_SS(8, 4, "%4", "%5", "%6", "%7", "%8");
     if constexpr (kN == 16) WGMMA_SS(16, 8, "%8", "%9", "%10", "%11", "%12");
     if constexpr (kN == 32) WGMMA_SS(32, 16, "%16", "%17", "%18", "%19", "%20");
     if constexpr (kN == 64) WGMMA_SS(64, 32, "%32", "%33", "%34", "%35", "%36");
-    if constexpr (kN == 256) WGMMA_SS(256, 128, "%128", "%129", "%130", "%131", "%132");
+    if constexpr (kN == 128) WGMMA_SS(128, 64, "%64", "%65", "%66", "%67", "%68");
 }
 
-// The same with A in registers (fragment layout of the accumulators, two elements a register).
-template <int kTransB>
-__device__ __forceinline__ void wgmma_rs_n256(float (&d)[128], const u32 (&a)[4], u64 b, bool accumulate) {
+// The same with A in registers (fragment layout of the accumulators, two elements a register), N = 64, B as stored.
+__device__ __forceinline__ void wgmma_rs_n64(float (&d)[32], const u32 (&a)[4], u32 b, bool accumulate) {
     asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %133, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n256k16." MMA_TYPES " {" REGS_128 "}, {%128, %129, %130, %131}, %132, p, 1, 1, "
-        "%134;\n}\n"
-        : ACC_128(d, 0)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kTransB));
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16." MMA_TYPES " {" REGS_32 "}, {%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}\n"
+        : ACC_32(d, 0)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(kDescriptorHigh | b), "r"(static_cast<int>(accumulate)));
 }
 
 // ---- fragments ---------------------------------------------------------------------------------------------------
@@ -177,6 +175,17 @@ __device__ __forceinline__ u32 pack_elements(float low, float high) {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
 #endif
     return packed;
+}
+
+// The two elements of a register.
+__device__ __forceinline__ float2 unpack_elements(u32 packed) {
+    float2 v;
+#if MLA_BF16
+    asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %2;\ncvt.f32.bf16 %0, l;\ncvt.f32.bf16 %1, h;\n}\n" : "=f"(v.x), "=f"(v.y) : "r"(packed));
+#else
+    asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %2;\ncvt.f32.f16 %0, l;\ncvt.f32.f16 %1, h;\n}\n" : "=f"(v.x), "=f"(v.y) : "r"(packed));
+#endif
+    return v;
 }
 
 // Four 8x8 blocks of 16-bit elements, registers -> shared memory; lane l gives the address of row l % 8 of block l / 8.
@@ -194,6 +203,14 @@ __device__ __forceinline__ void stmatrix_x4_trans(u32 address, u32 a, u32 b, u32
 
 __device__ __forceinline__ void stmatrix_x2_trans(u32 address, u32 a, u32 b) {
     asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(a), "r"(b) : "memory");
+}
+
+// Four 8x8 blocks, shared memory -> registers; lane l gives the address of row l % 8 of block l / 8.
+__device__ __forceinline__ void ldmatrix_x4(u32 (&d)[4], u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+                 : "r"(address)
+                 : "memory");
 }
 
 // Transposes an 8x8 block of 16-bit elements held by a warp.

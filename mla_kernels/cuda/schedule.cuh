@@ -21,11 +21,10 @@ struct alignas(64) DecodeParams {
 };
 
 struct WorkItem {
-    u32 index;  // of this CTA's items
     int request, kv_len, tiles;
     int row_block;         // of this CTA; may be past the last (then `active` is false)
     int begin, end;        // this CTA's tiles
-    int tiles_before;      // tiles that this CTA took in earlier items
+    u32 ordinal;           // of its first tile among all that this CTA streams (the queries of decode_rows.cu count)
     int first_cta, parts;  // CTA that holds the item's first tile (same place in its group), number of parts
     bool active;
     bool invalid;  // a length outside the table, or (set while its tiles stream in) a page outside the pool: NaN
@@ -68,13 +67,13 @@ class WorkRange {
         }
     }
 
-    // The next item of which this CTA has tiles, or which is empty and starts in this share.
+    // The next item of which this CTA has tiles, or which is empty and starts in this share; false and a negative request
+    // after the last. Every lane writes the same to `w`, which may lie in shared memory: registers are few here.
     __device__ bool next(WorkItem& w) {
         while (position_ < end_) {
             const int first_tile = item_begin_ + kItemUnits;
             const int item_end = first_tile + tiles_;
             const int stop = min(end_, item_end);
-            w.index = items_taken_;
             w.request = request_;
             w.kv_len = p_.cache_seqlens[request_];
             w.invalid = w.kv_len < 0 || w.kv_len > p_.max_pages * kPageTokens;
@@ -84,7 +83,7 @@ class WorkRange {
             w.active = w.row_block < p_.row_blocks;
             w.begin = max(position_ - first_tile, 0);
             w.end = max(stop - first_tile, 0);
-            w.tiles_before = tiles_taken_;
+            w.ordinal = streamed_ + kQueryTiles;
             const int first_group = first_tile / share_;
             w.first_cta = first_group * p_.group + member;
             w.parts = tiles_ > 0 ? (item_end - 1) / share_ - first_group + 1 : 1;
@@ -99,18 +98,17 @@ class WorkRange {
                 }
             }
             if (owns && w.active) {
-                ++items_taken_;
-                tiles_taken_ += w.end - w.begin;
+                if (w.tiles > 0) streamed_ += kQueryTiles + w.end - w.begin;
                 return true;
             }
         }
+        w.request = -1;
         return false;
     }
 
-    __device__ void end_mark(WorkItem& w) const { w.index = items_taken_, w.request = -1; }
-
    private:
     static constexpr int kItemUnits = MLA_ITEM_UNITS;
+    static constexpr u32 kQueryTiles = MLA_ROWS == kTileTokens;  // an item's queries come as a tile of their own
     static_assert(kItemUnits > 0, "an empty request needs a unit to be found by");
 
     __device__ int tiles(int request) const {
@@ -121,6 +119,6 @@ class WorkRange {
 
     const DecodeParams& p_;
     int share_, position_, end_;
-    int request_ = 0, row_group_ = 0, item_begin_ = 0, tiles_ = 0, tiles_taken_ = 0;
-    u32 items_taken_ = 0;
+    int request_ = 0, row_group_ = 0, item_begin_ = 0, tiles_ = 0;
+    u32 streamed_ = 0;
 };

@@ -4,15 +4,17 @@
 // passes it by more than kSlack (then O and l are rescaled): p <= 2^8, far from overflow in bf16, fp16 and fp32, and
 // after a sequence's first tile the rescaling almost never happens.
 //
-// Scores are summed in short chains. The tensor core truncates when it adds to its accumulator: over the 36 steps of a
-// 576-long dot product that takes up to 8e-7 of a score away, and not evenly (an LSE of 47 was off by 4e-5). So a chain is
-// one box long, or two of bf16, and fp32 adds the chains; what truncation still takes on average is given back through the
-// scale (decode.py). Worst LSE of the fp64 grid: 8.6e-6 with one box, bf16 8.4e-6 and fp16 1.1e-5 with two, 1.5e-5 with three.
+// Scores are summed in several chains. The tensor core truncates when it adds to its accumulator: over the 36 steps of a
+// 576-long dot product that takes up to 8e-7 of a score away, and not evenly (an LSE of 47 was off by 4e-5). Chains of 4 to
+// 9 steps, added in fp32, keep the LSE within 1e-5 at scores of 50; where chains have to be longer, scores past kLargeScore
+// are summed again (decode_rows.cu). What truncation takes on average is given back through the scale (decode.py). Worst LSE
+// of the fp64 grid: 8.6e-6 with 4 steps, bf16 8.4e-6 and fp16 1.1e-5 with 8, 1.5e-5 with 12, 1.5e-5 and 2.3e-5 with 20.
 #pragma once
 #include "layout.cuh"
 
 constexpr float kSlack = 8.f;
-constexpr int kChainBoxes = MLA_BF16 ? 2 : 1;
+constexpr float kLargeScore = 14.f;  // log2 units; 10 in natural units
+constexpr int kChainBoxes = MLA_BF16 ? 2 : 1;  // of a chain for large scores
 
 __device__ __forceinline__ bool passes_reference(float score, float scale_log2, float m) {
     return fmaf(score, scale_log2, -m) > kSlack;
