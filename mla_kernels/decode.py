@@ -179,7 +179,7 @@ def _launch(q, kv_cache, block_table, cache_seqlens, scale, causal, out, lse, wo
     device = q.device.index
     b, s_q, h_q, _ = q.shape
     config = kernel_config(q.dtype, s_q * h_q, work)
-    kernel = launch.load(config, "mla_decode", device, cooperative=True)
+    kernel = launch.load(config, "mla_decode", device, persistent=True)
     rows = dict(config.defines)["MLA_ROWS"]
     row_blocks = -(-s_q * h_q // rows)
     sms = launch.sm_count(device)

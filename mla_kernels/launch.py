@@ -12,7 +12,7 @@ from mla_kernels.compiler import CompiledKernel, KernelConfig, compile_kernel
 _CU_TENSOR_MAP_BFLOAT16, _CU_TENSOR_MAP_FLOAT16 = 9, 6
 # Promotion to 256 bytes, twice a box's line, costs 5 to 6 % of the bandwidth: 4.20 TB/s, not 4.44 (H200).
 _CU_SWIZZLE_128B, _CU_L2_PROMOTION_128B = 3, 2
-_CU_LAUNCH_ATTRIBUTE_COOPERATIVE = 2
+_CU_LAUNCH_ATTRIBUTE_COOPERATIVE, _CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC = 2, 6
 
 
 class _LaunchAttribute(ctypes.Structure):
@@ -91,7 +91,7 @@ def sm_count(device: int) -> int:
 class LoadedKernel:
     """A cubin on one device, ready to launch: what does not change between calls is packed once."""
 
-    def __init__(self, compiled: CompiledKernel, entry: str, device: int, cooperative: bool):
+    def __init__(self, compiled: CompiledKernel, entry: str, device: int, attributes: tuple[int, ...]):
         import cupy
 
         self.compiled = compiled
@@ -101,11 +101,11 @@ class LoadedKernel:
             if compiled.config.shared_bytes:
                 raw.max_dynamic_shared_size_bytes = compiled.config.shared_bytes
             self._function = ctypes.c_void_p(raw.kernel.ptr)
-        self._attribute = _LaunchAttribute(id=_CU_LAUNCH_ATTRIBUTE_COOPERATIVE, value=1)
+        self._attributes = (_LaunchAttribute * len(attributes))(*(_LaunchAttribute(id=i, value=1) for i in attributes))
         self._config = _LaunchConfig(shared_bytes=compiled.config.shared_bytes)
         self._config.block[:] = (compiled.config.threads, 1, 1)
-        self._config.attributes = ctypes.pointer(self._attribute)
-        self._config.attribute_count = int(cooperative)
+        self._config.attributes = self._attributes
+        self._config.attribute_count = len(attributes)
         self._config_ref = ctypes.byref(self._config)
         self._launch = _driver().cuLaunchKernelEx
         self._lock = threading.Lock()  # the packed launch configuration is shared
@@ -120,19 +120,24 @@ class LoadedKernel:
             _check(status, f"launch of {self.compiled.config.name}")
 
 
+_PERSISTENT = (_CU_LAUNCH_ATTRIBUTE_COOPERATIVE, _CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC)
 _loaded: dict[tuple[KernelConfig, int], LoadedKernel] = {}
 _loading = threading.Lock()
 
 
-def load(config: KernelConfig, entry: str, device: int, *, cooperative: bool) -> LoadedKernel:
-    """The kernel of ``config`` on ``device``, compiled and loaded at the first call."""
+def load(config: KernelConfig, entry: str, device: int, *, persistent: bool) -> LoadedKernel:
+    """The kernel of ``config`` on ``device``, compiled and loaded at the first call.
+
+    ``persistent``: all its CTAs are resident at once (cooperative launch), and it may start before the kernel
+    ahead of it in the stream has ended (programmatic dependent launch): it waits for that end by itself.
+    """
     key = (config, device)
     kernel = _loaded.get(key)
     if kernel is None:
         with _loading:
             kernel = _loaded.get(key)
             if kernel is None:
-                kernel = _loaded[key] = LoadedKernel(compile_kernel(config), entry, device, cooperative)
+                kernel = _loaded[key] = LoadedKernel(compile_kernel(config), entry, device, _PERSISTENT if persistent else ())
     return kernel
 
 
@@ -274,7 +279,7 @@ def _sink(device: int) -> torch.Tensor:
 def stream_read(tensor: torch.Tensor) -> None:
     """Reads a contiguous CUDA tensor once and writes nothing: the read-only bandwidth ceiling."""
     device = tensor.device.index
-    kernel = load(STREAM_READ, "stream_read", device, cooperative=False)
+    kernel = load(STREAM_READ, "stream_read", device, persistent=False)
     values = (
         ctypes.c_uint64(tensor.data_ptr()),
         ctypes.c_uint64(tensor.numel() * tensor.element_size() // 16),

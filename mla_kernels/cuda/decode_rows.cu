@@ -30,6 +30,7 @@ struct SharedMemory {
     int moved[kRotarySlots][4];         // where it is not one, per warp of 16 rows
     ItemQueue queue;
     PendingMerges pending;
+    u64 part_written;
 
     __device__ void init_barriers() {}             // none of its own
     __device__ void fetch_queries(const DecodeParams&) {}  // they come through the ring
@@ -42,7 +43,29 @@ struct RowsFragment {
     __device__ static constexpr int slot(int, int element) { return element / 2; }
     __device__ static u32 row(u32 thread, u32 slot) { return thread / 32 % 4 * 16 + thread % 32 / 4 + slot * 8; }
     __device__ static bool has_stats(u32 thread) { return thread < kWarpgroup && thread % 4 == 0; }
-    __device__ static void store(u16* out, u32 rows, u32 thread, int j, float4 v) {
+    // Four vectors, so that a thread writes 16 bytes: the four threads of a row swap their pairs of columns.
+    static constexpr int kStoreVectors = 4;
+    __device__ static void store(u16* out, u32 rows, u32 thread, int j, const float4 (&v)[4]) {
+        const u32 r = row(thread, 0);
+        u16* place = out + r * kHeadDimV + thread / kWarpgroup * kHalfColumns + (j + thread % 4) * 8;
+        const uint4 upper = transposed(thread, pack_elements(v[0].x, v[0].y), pack_elements(v[1].x, v[1].y),
+                                       pack_elements(v[2].x, v[2].y), pack_elements(v[3].x, v[3].y));
+        const uint4 lower = transposed(thread, pack_elements(v[0].z, v[0].w), pack_elements(v[1].z, v[1].w),
+                                       pack_elements(v[2].z, v[2].w), pack_elements(v[3].z, v[3].w));
+        if (r < rows) *reinterpret_cast<uint4*>(place) = upper;
+        if (r + 8 < rows) *reinterpret_cast<uint4*>(place + 8 * kHeadDimV) = lower;
+    }
+    // Element i of thread t of four neighbours -> element t of thread i.
+    __device__ static uint4 transposed(u32 thread, u32 a, u32 b, u32 c, u32 d) {
+        const auto swap = [thread](u32 bit, u32& x, u32& y) {
+            const bool upper = thread & bit;
+            const u32 other = __shfl_xor_sync(0xffffffffu, upper ? x : y, bit);
+            (upper ? x : y) = other;
+        };
+        swap(1, a, b), swap(1, c, d), swap(2, a, c), swap(2, b, d);
+        return make_uint4(a, b, c, d);
+    }
+    __device__ static void store_one(u16* out, u32 rows, u32 thread, int j, float4 v) {
         const u32 r = row(thread, 0);
         u16* place = out + r * kHeadDimV + thread / kWarpgroup * kHalfColumns + thread % 4 * 2 + j * 8;
         if (r < rows) *reinterpret_cast<u32*>(place) = pack_elements(v.x, v.y);
@@ -146,8 +169,12 @@ struct Scores {
         for (; tile < end; ++tile, ++ordinal) {
             issue<kAheadBoxes, kBoxes>(ordinal, s, part, true, false);
             add(s, part);
-            if (kSoftmax && (large = scores_are_large(s))) break;
             issue<0, kAheadBoxes>(tile + 1 < end ? ordinal + 1 : ordinal, part, part, true, false);  // after the last for nothing
+            if constexpr (kSoftmax) {
+                const float top = fmaxf(row_max(s, 0), row_max(s, 1));
+                large = named_barrier_any(kBarrierScore, kScoreThreads, top * p.softmax_scale_log2 > kLargeScore);
+                if (large) break;
+            }
             finish_tile(w, tile, ordinal, s);
         }
         wgmma_wait<0>();
@@ -159,14 +186,6 @@ struct Scores {
             add_chains<0>(ordinal, s, part);
             finish_tile(w, tile, ordinal, s);
         }
-    }
-
-    // The same answer for the whole warpgroup.
-    __device__ bool scores_are_large(const float (&s)[kTileTokens / 2]) {
-        float top = s[0];
-#pragma unroll
-        for (int i = 1; i < kTileTokens / 2; ++i) top = fmaxf(top, s[i]);
-        return named_barrier_any(kBarrierScore, kScoreThreads, top * p.softmax_scale_log2 > kLargeScore);
     }
 
     __device__ void finish_tile(const WorkItem& w, int tile, u32 ordinal, float (&s)[kTileTokens / 2]) {
@@ -199,9 +218,7 @@ struct Scores {
     // Scores -> probabilities, in place.
     __device__ void softmax(u32 ordinal, float (&s)[kTileTokens / 2]) {
         const float scale = p.softmax_scale_log2;
-        float top[2] = {-kInfinity, -kInfinity};
-#pragma unroll
-        for (int i = 0; i < kTileTokens / 2; ++i) top[i / 2 & 1] = fmaxf(top[i / 2 & 1], s[i]);
+        float top[2] = {row_max(s, 0), row_max(s, 1)};
         const bool passes = passes_reference(top[0], scale, m[0]) || passes_reference(top[1], scale, m[1]);
         const bool moved = __any_sync(0xffffffffu, passes);
         const int slot = TileRing::rotary_slot(ordinal);
@@ -220,17 +237,33 @@ struct Scores {
         }
         if (launder(lane) == 0) smem.moved[slot][launder(warp)] = moved;
         const float reference[2] = {finite_reference(m[0]), finite_reference(m[1])};
+        float sum[2][2] = {};
 #pragma unroll
         for (int i = 0; i < kTileTokens / 2; ++i) {
             s[i] = exp2_approx(fmaf(s[i], scale, -reference[i / 2 & 1]));
-            l[i / 2 & 1] += s[i];
+            sum[i / 2 & 1][i & 1] += s[i];
         }
+#pragma unroll
+        for (int r = 0; r < 2; ++r) l[r] += sum[r][0] + sum[r][1];
+    }
+
+    // Largest of this thread's scores of row r (0, 1), as a tree: nothing else hides the latency of a chain here.
+    __device__ static float row_max(const float (&s)[kTileTokens / 2], int r) {
+        float top[8];
+#pragma unroll
+        for (int k = 0; k < 8; ++k) top[k] = fmaxf(s[4 * k + 2 * r], s[4 * k + 2 * r + 1]);
+#pragma unroll
+        for (int half = 4; half > 0; half /= 2)
+#pragma unroll
+            for (int k = 0; k < half; ++k) top[k] = fmaxf(top[k], top[k + half]);
+        return top[0];
     }
 
     // P in the place of the tile's rotary box: the A operand of PV.
     __device__ void store_p(u32 ordinal, const float (&s)[kTileTokens / 2]) {
         const u32 lane = launder(this->lane);
         const u32 box = smem_address(smem.ring.box(ordinal, kRotaryBox));
+        float sum[2][2] = {};
 #pragma unroll
         for (int step = 0; step < 4; ++step) {
             u32 packed[4];
@@ -238,13 +271,15 @@ struct Scores {
             for (int i = 0; i < 4; ++i) {
                 packed[i] = pack_elements(s[step * 8 + i * 2], s[step * 8 + i * 2 + 1]);
                 const float2 rounded = unpack_elements(packed[i]);
-                n[i & 1] += rounded.x + rounded.y;
+                sum[i & 1][i / 2] += rounded.x + rounded.y;
             }
             stmatrix_x4(box + swizzled_offset(warp * 16 + (lane & 15), step * 2 + lane / 16), packed[0], packed[1], packed[2], packed[3]);
         }
+#pragma unroll
+        for (int r = 0; r < 2; ++r) n[r] += sum[r][0] + sum[r][1];
     }
 
-    __device__ void end(const WorkItem& w, float* sums) {
+    __device__ void end(const WorkItem& w, float* sums, RowStats* absorber) {
         const u32 row = this->row();
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
@@ -256,7 +291,7 @@ struct Scores {
             if ((launder(lane) & 3) != 0) continue;
             if (w.invalid) l[r] = n[r] = kNan;
             sums[row + r * 8] = n[r];
-            write_stats<kRows>(p, w, row + r * 8, {m[r], l[r], n[r]});
+            write_stats<kRows>(p, w, row + r * 8, {m[r], l[r], n[r]}, absorber);
         }
     }
 };

@@ -24,6 +24,7 @@ struct SharedMemory {
     float2 parts[4][kRows];             // and sums
     ItemQueue queue;
     PendingMerges pending;
+    u64 part_written;
 
     __device__ void init_barriers() { q.init_barriers(); }
     __device__ void fetch_queries(const DecodeParams& p) { ::fetch_queries<kRows>(p, q, queue); }
@@ -41,7 +42,9 @@ struct SwappedFragment {
     __device__ static constexpr int slot(int j, int element) { return j % kVectorsPerBox * 2 + (element & 1); }
     __device__ static u32 row(u32 thread, u32 slot) { return column_of(slot, thread % 32); }
     __device__ static bool has_stats(u32 thread) { return thread < 4; }
-    __device__ static void store(u16* out, u32 rows, u32 thread, int j, float4 v) {  // by whole warps
+    static constexpr int kStoreVectors = 1;
+    __device__ static void store(u16* out, u32 rows, u32 thread, int j, const float4 (&v)[1]) { store_one(out, rows, thread, j, v[0]); }
+    __device__ static void store_one(u16* out, u32 rows, u32 thread, int j, float4 v) {  // by whole warps
         const u32 low = movmatrix_trans(pack_elements(v.x, v.y)), high = movmatrix_trans(pack_elements(v.z, v.w));
         const u32 lane = thread % 32, r = j % kVectorsPerBox * 8 + lane / 4;
         u16* place = out + r * kHeadDimV + (thread / kWarpgroup * kGroupBoxes + j / kVectorsPerBox) * kBoxColumns +
@@ -194,7 +197,7 @@ struct Scores {
     }
 
     // Gives the queries back and joins the four warps' sums.
-    __device__ void end(const WorkItem& w, float* sums) {
+    __device__ void end(const WorkItem& w, float* sums, RowStats* absorber) {
         const u32 warp = launder(this->warp), lane = launder(this->lane);
         if (lane == 0) mbarrier_arrive(&smem.q.empty);
 #pragma unroll
@@ -216,7 +219,7 @@ struct Scores {
                 for (int i = 0; i < 4; ++i) stats.l += smem.parts[i][row].x, stats.n += smem.parts[i][row].y;
                 if (w.invalid) stats.l = stats.n = kNan;
                 sums[row] = stats.n;
-                write_stats<kRows>(p, w, row, stats);
+                write_stats<kRows>(p, w, row, stats, absorber);
             }
         }
     }

@@ -1,12 +1,12 @@
 // Results, and items that are split between CTAs: parts in global memory, merged in the same launch.
 //
 // A part is O (unnormalised) and, per row, its RowStats. Part 0 is the last item of its CTA's share, every other part the
-// first of its own. So with few parts the others are long done when part 0 is: its CTA absorbs them into its registers and
-// writes the result. With many parts (few, long sequences) every CTA leaves its part, and when its share is done merges
+// first of its own. So with few parts the others are long done when part 0 is: its CTA streams them through its ring like
+// tiles and writes the result. With many parts (few, long sequences) every CTA leaves its part, and when its share is done merges
 // 1/n-th of the rows. Always in the same order: results do not depend on timing. The launch is cooperative: every CTA
 // waited for is resident.
 #pragma once
-#include "schedule.cuh"
+#include "producer.cuh"
 #include "softmax.cuh"
 
 constexpr float kLn2 = 0.693147180559945309f;
@@ -24,7 +24,7 @@ constexpr int kVectors = kRows * kHeadDimV / (4 * kValueThreads);  // a thread
 
 template <int kRows>
 struct PartialSlot {
-    float4 o[kVectors<kRows>][kValueThreads];
+    float4 o[2][kVectors<kRows>][kWarpgroup];  // by value warpgroup
     RowStats stats[kRows];
     float pad[kRows];
 };
@@ -73,21 +73,48 @@ constexpr int kAbsorbedParts = 3;
 
 // Whether this CTA finishes a split item of few parts.
 __device__ __forceinline__ bool absorbs(const DecodeParams& p, const WorkItem& w) {
-    return w.parts <= kAbsorbedParts && part_of_this_cta(p, w) == 0;
+    return w.parts > 1 && w.parts <= kAbsorbedParts && part_of_this_cta(p, w) == 0;
 }
+
+// A part to be absorbed comes through the ring, in pieces that follow the item's tiles: a value warpgroup's half of it (rows
+// of 64: a quarter) in the place of its group of boxes, and with its first piece the stats in that of the rotary box.
+template <int kRows>
+struct PartPieces {
+    static constexpr int kBytes = kVectors<kRows> * kWarpgroup * 16;  // of a part, for one value warpgroup
+    static constexpr int kCount = kBytes > kGroupBoxes * kBoxBytes ? kBytes / (kGroupBoxes * kBoxBytes) : 1;
+    static constexpr int kPieceBoxes = kBytes / kCount / kBoxBytes;
+    static constexpr int kPieceVectors = kVectors<kRows> / kCount;
+    static_assert(kPieceBoxes * kBoxBytes * kCount == kBytes, "whole boxes");
+
+    __device__ static u32 ordinal(const WorkItem& w, int piece, int part) {
+        return w.ordinal + (w.end - w.begin) + (part - 1) * kCount + piece;
+    }
+};
 
 __device__ __forceinline__ void spin_until(const u32* counter, int count) {
     while (load_acquire(counter) < static_cast<u32>(count)) {
     }
 }
 
-// Called by all value threads of the CTA that absorbs `w`'s other parts.
-__device__ __forceinline__ void wait_for_parts(const DecodeParams& p, const WorkItem& w) {
-    if (threadIdx.x == 0) {
-        spin_until(&p.arrivals[2 * w.first_cta], w.parts - 1);
-        p.arrivals[2 * w.first_cta] = 0;  // as the next launch expects it
+// Loader, one thread: waits for the other parts of `w` and streams them.
+template <int kRows>
+__device__ __forceinline__ void load_parts(const DecodeParams& p, TileRing& ring, const WorkItem& w) {
+    using Pieces = PartPieces<kRows>;
+    u32* arrived = &p.arrivals[2 * w.first_cta];
+    spin_until(arrived, w.parts - 1);
+    *arrived = 0;  // as the next launch expects it
+    fence_proxy_async_global();  // what others wrote by ordinary stores is read by copies
+#pragma unroll 1
+    for (int k = 1; k < w.parts; ++k) {
+        const auto& part = partial_slot<kRows>(p, w.first_cta, k);
+        ring.load_rotary(Pieces::ordinal(w, 0, k), part.stats, sizeof(part.stats));
     }
-    named_barrier_sync(kBarrierValues, kValueThreads);
+#pragma unroll 1
+    for (int i = 0; i < (w.parts - 1) * Pieces::kCount * kGroups; ++i) {
+        const int k = 1 + i / (Pieces::kCount * kGroups), piece = i / kGroups % Pieces::kCount, g = i % kGroups;
+        const auto& half = partial_slot<kRows>(p, w.first_cta, k).o[g];
+        ring.load_group(Pieces::ordinal(w, piece, k), g, half[piece * Pieces::kPieceVectors], Pieces::kPieceBoxes);
+    }
 }
 
 __device__ __forceinline__ float4 scaled(float4 v, float x, float y, float z, float w) {
@@ -106,8 +133,9 @@ __device__ __forceinline__ int valid_rows(const DecodeParams& p, const WorkItem&
 
 // Score warpgroup, one thread a row: where the row's stats go, besides to the value warpgroups.
 template <int kRows>
-__device__ __forceinline__ void write_stats(const DecodeParams& p, const WorkItem& w, int row, const RowStats& stats) {
-    if (w.parts > 1) partial_slot<kRows>(p, w.first_cta, part_of_this_cta(p, w)).stats[row] = stats;
+__device__ __forceinline__ void write_stats(const DecodeParams& p, const WorkItem& w, int row, const RowStats& stats, RowStats* absorber) {
+    if (absorbs(p, w)) absorber[row] = stats;
+    else if (w.parts > 1) partial_slot<kRows>(p, w.first_cta, part_of_this_cta(p, w)).stats[row] = stats;
     else if (row < valid_rows<kRows>(p, w)) store_lse(p, w.request, w.row_block * kRows + row, natural_lse(stats.m, stats.l));
 }
 
@@ -115,55 +143,83 @@ __device__ __forceinline__ void write_stats(const DecodeParams& p, const WorkIte
 template <int kRows, class Values>
 __device__ __forceinline__ void write_part(const DecodeParams& p, const WorkItem& w, Values& values) {
     const u32 thread = launder(threadIdx.x);
-    auto& slot = partial_slot<kRows>(p, w.first_cta, part_of_this_cta(p, w));
+    auto& o = partial_slot<kRows>(p, w.first_cta, part_of_this_cta(p, w)).o[thread / kWarpgroup];
 #pragma unroll
-    for (int j = 0; j < kVectors<kRows>; ++j) slot.o[j][thread] = values.vector(j);
+    for (int j = 0; j < kVectors<kRows>; ++j) o[j][thread % kWarpgroup] = values.vector(j);
 }
 
-// What each part of a row weighs in the result, part 0 first; this CTA holds it, and writes the row's LSE if `reports`.
-template <int kRows>
-__device__ __forceinline__ void weigh_parts(const DecodeParams& p, const WorkItem& w, int row, bool reports, float (&weight)[kAbsorbedParts]) {
-    RowStats stats[kAbsorbedParts];
-    float m = -kInfinity, l = 0.f, n = 0.f;
-#pragma unroll
-    for (int k = 0; k < kAbsorbedParts; ++k) {
-        stats[k] = k < w.parts ? partial_slot<kRows>(p, w.first_cta, k).stats[row] : RowStats{-kInfinity, 0.f, 0.f};
-        m = fmaxf(m, stats[k].m);
-    }
-#pragma unroll
-    for (int k = 0; k < kAbsorbedParts; ++k) {
-        weight[k] = rescale_factor(stats[k].m, m);
-        l += stats[k].l * weight[k];
-        n += stats[k].n * weight[k];
-    }
-    const float inverse = inverse_sum(n);
-#pragma unroll
-    for (int k = 0; k < kAbsorbedParts; ++k) weight[k] *= inverse;
-    if (reports && row < valid_rows<kRows>(p, w)) store_lse(p, w.request, w.row_block * kRows + row, natural_lse(m, l));
-}
-
-// The result of an item from what this CTA holds, all of it or part 0 of a few. `n`: its rows' sums.
+// Adds to part 0, which this CTA holds, the others that the loader brings, and normalises; writes the LSE. `own`: the stats
+// of part 0.
 template <int kRows, class Values>
-__device__ __forceinline__ void write_out(const DecodeParams& p, const WorkItem& w, Values& values, const float* n) {
+__device__ __forceinline__ void absorb_parts(const DecodeParams& p, const WorkItem& w, Values& values, const RowStats* own, TileRing& ring) {
     using Fragment = typename Values::Fragment;
-    const u32 thread = launder(threadIdx.x);
-    u16* out = out_row(p, w.request, w.row_block * kRows);
+    using Pieces = PartPieces<kRows>;
+    const u32 thread = launder(threadIdx.x), g = thread / kWarpgroup;
     const int rows = valid_rows<kRows>(p, w), parts = w.parts;
-    float weight[Fragment::kThreadRows][kAbsorbedParts];
+    const auto stats_of = [&](int k, int row) {
+        return k == 0 ? own[row] : reinterpret_cast<const RowStats*>(ring.box(Pieces::ordinal(w, 0, k), kRotaryBox))[row];
+    };
+    float m[Fragment::kThreadRows], weight[Fragment::kThreadRows], inverse[Fragment::kThreadRows];
+    for (int k = 1; k < parts; ++k) ring.wait_box(Pieces::ordinal(w, 0, k), kRotaryBox);
 #pragma unroll
     for (int i = 0; i < Fragment::kThreadRows; ++i) {
         const int row = Fragment::row(thread, i);
-        if (parts > 1) weigh_parts<kRows>(p, w, row, Fragment::has_stats(thread), weight[i]);
-        else weight[i][0] = inverse_sum(n[row]);
+        float l = 0.f, n = 0.f;
+        m[i] = -kInfinity;
+#pragma unroll 1
+        for (int k = 0; k < parts; ++k) m[i] = fmaxf(m[i], stats_of(k, row).m);
+#pragma unroll 1
+        for (int k = 0; k < parts; ++k) {
+            const RowStats stats = stats_of(k, row);
+            const float factor = rescale_factor(stats.m, m[i]);
+            l += stats.l * factor;
+            n += stats.n * factor;
+        }
+        inverse[i] = inverse_sum(n);
+        weight[i] = rescale_factor(own[row].m, m[i]) * inverse[i];
+        if (Fragment::has_stats(thread) && row < rows) store_lse(p, w.request, w.row_block * kRows + row, natural_lse(m[i], l));
     }
-    const float4* part = &partial_slot<kRows>(p, w.first_cta, 1).o[0][thread];
-    const float4* last = &partial_slot<kRows>(p, w.first_cta, 2).o[0][thread];
 #pragma unroll
-    for (int j = 0; j < kVectors<kRows>; ++j) {
-        const auto of = [&](int k, int element) { return weight[Fragment::slot(j, element)][k]; };
-        float4 v = scaled(values.vector(j), of(0, 0), of(0, 1), of(0, 2), of(0, 3));
-        if (parts > 1) v = weighted(v, part[j * kValueThreads], of(1, 0), of(1, 1), of(1, 2), of(1, 3));
-        if (parts > 2) v = weighted(v, last[j * kValueThreads], of(2, 0), of(2, 1), of(2, 2), of(2, 3));
+    for (int j = 0; j < kVectors<kRows>; ++j)
+        values.set_vector(j, scaled(values.vector(j), weight[Fragment::slot(j, 0)], weight[Fragment::slot(j, 1)],
+                                    weight[Fragment::slot(j, 2)], weight[Fragment::slot(j, 3)]));
+#pragma unroll 1
+    for (int k = 1; k < parts; ++k) {
+#pragma unroll
+        for (int i = 0; i < Fragment::kThreadRows; ++i)
+            weight[i] = rescale_factor(stats_of(k, Fragment::row(thread, i)).m, m[i]) * inverse[i];
+#pragma unroll
+        for (int piece = 0; piece < Pieces::kCount; ++piece) {
+            const u32 ordinal = Pieces::ordinal(w, piece, k);
+            for (int c = 0; c < Pieces::kPieceBoxes; ++c) ring.wait_box(ordinal, g * kGroupBoxes + c);
+            const auto* part = reinterpret_cast<const float4*>(ring.box(ordinal, g * kGroupBoxes)) + thread % kWarpgroup;
+#pragma unroll
+            for (int i = 0; i < Pieces::kPieceVectors; ++i) {
+                const int j = piece * Pieces::kPieceVectors + i;
+                values.set_vector(j, weighted(values.vector(j), part[i * kWarpgroup], weight[Fragment::slot(j, 0)],
+                                              weight[Fragment::slot(j, 1)], weight[Fragment::slot(j, 2)],
+                                              weight[Fragment::slot(j, 3)]));
+            }
+            ring.release_group(ordinal, g);
+        }
+    }
+}
+
+// The result of an item. `weight`: what O is multiplied with.
+template <int kRows, class Values>
+__device__ __forceinline__ void write_out(const DecodeParams& p, const WorkItem& w, Values& values, const float (&weight)[Values::Fragment::kThreadRows]) {
+    using Fragment = typename Values::Fragment;
+    constexpr int kTogether = Fragment::kStoreVectors;
+    const u32 thread = launder(threadIdx.x);
+    u16* out = out_row(p, w.request, w.row_block * kRows);
+    const int rows = valid_rows<kRows>(p, w);
+#pragma unroll
+    for (int j = 0; j < kVectors<kRows>; j += kTogether) {
+        float4 v[kTogether];
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i)
+            v[i] = scaled(values.vector(j + i), weight[Fragment::slot(j + i, 0)], weight[Fragment::slot(j + i, 1)],
+                          weight[Fragment::slot(j + i, 2)], weight[Fragment::slot(j + i, 3)]);
         Fragment::store(out, rows, thread, j, v);
     }
 }
@@ -175,12 +231,18 @@ struct PendingMerges {
     int count;
 };
 
-// Called by all value threads after they wrote their part of `w`.
-__device__ __forceinline__ void announce_part(const DecodeParams& p, const WorkItem& w, PendingMerges& pending) {
-    named_barrier_sync(kBarrierValues, kValueThreads);  // with the release below: all their writes come before it
-    if (threadIdx.x == 0) {
-        atomic_add_acq_rel(&p.arrivals[2 * w.first_cta], 1);
-        if (w.parts > kAbsorbedParts) pending.item[pending.count++] = w;
+// Run by one warp: tells the other CTAs of the parts that this one leaves, so that nobody waits for the writes to land.
+__device__ __forceinline__ void announce_parts(const DecodeParams& p, ItemQueue& queue, u64* part_written) {
+    u32 phase = 0;
+    for (u32 index = 0;; ++index) {
+        const WorkItem& w = queue.wait(index);
+        if (w.request < 0) break;
+        if (w.parts > 1 && !absorbs(p, w)) {
+            mbarrier_wait(part_written, phase);
+            phase ^= 1;
+            if ((threadIdx.x & 31) == 0) atomic_add_acq_rel(&p.arrivals[2 * w.first_cta], 1);
+        }
+        queue.release(index);
     }
 }
 
@@ -251,7 +313,7 @@ __device__ __forceinline__ void merge_slice(const DecodeParams& p, const WorkIte
 #pragma unroll 8
                 for (int k = team; k < w.parts; k += teams) {
                     const float* weights = smem.weights[k];
-                    const float4 o = partial_slot<kRows>(p, w.first_cta, k).o[j][owner];
+                    const float4 o = partial_slot<kRows>(p, w.first_cta, k).o[owner / kWarpgroup][j][owner % kWarpgroup];
                     sum = weighted(sum, o, weights[Fragment::row(owner, Fragment::slot(j, 0))],
                                    weights[Fragment::row(owner, Fragment::slot(j, 1))],
                                    weights[Fragment::row(owner, Fragment::slot(j, 2))],
@@ -264,7 +326,7 @@ __device__ __forceinline__ void merge_slice(const DecodeParams& p, const WorkIte
                 for (int other = 1; works && team == 0 && other < teams; ++other)
                     sum = weighted(sum, smem.sums[thread + other * units * 32], 1.f, 1.f, 1.f, 1.f);
             }
-            if (works && team == 0) Fragment::store(out_row(p, w.request, w.row_block * kRows), rows, owner, j, sum);
+            if (works && team == 0) Fragment::store_one(out_row(p, w.request, w.row_block * kRows), rows, owner, j, sum);
         }
         named_barrier_sync(kBarrierValues, kValueThreads);
     }

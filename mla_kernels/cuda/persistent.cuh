@@ -2,15 +2,15 @@
 //
 //   0, 1  values   each multiplies P with its own four boxes of V and holds that half of O's columns
 //   2     scores   S = Q K^T, softmax, P; holds the rows' references and sums
-//   3     producer: one warp schedules, one streams tiles, one the queries where they do not come through the ring
+//   3     producer: a warp schedules, one streams tiles, one announces parts, one fetches queries that are not streamed
 //
 // The score warpgroup is a tile or two ahead of the value warpgroups, so that one's softmax runs under the others' WGMMA.
-// A kernel brings its SharedMemory (ring, queue, sums, pending, init_barriers(), fetch_queries()) and two roles:
+// A kernel brings its SharedMemory (ring, queue, sums, pending, part_written, init_barriers(), fetch_queries()) and two roles:
 //   Scores          begin, tiles, end
 //   Values<half>    Fragment, reset, tile, vector, set_vector
 #pragma once
+#include "loader.cuh"
 #include "merge.cuh"
-#include "producer.cuh"
 
 constexpr int kValueRegisters = MLA_VALUE_REGISTERS, kScoreRegisters = MLA_SCORE_REGISTERS, kProducerRegisters = MLA_PRODUCER_REGISTERS;
 
@@ -18,6 +18,7 @@ constexpr int kValueRegisters = MLA_VALUE_REGISTERS, kScoreRegisters = MLA_SCORE
 template <int kRows>
 struct ItemSums {
     float n[ItemQueue::kSlots][kRows];
+    RowStats absorber[kRows];  // of the one item whose other parts are absorbed
     u64 ready[ItemQueue::kSlots];
 
     __device__ void init_barriers() {
@@ -42,7 +43,7 @@ __device__ __forceinline__ void score_items(const DecodeParams& p, SharedMemory&
         if (w.tiles > 0) {
             scores.begin(w);
             scores.tiles(w, uniform(w.begin), uniform(w.end), uniform(w.ordinal));
-            scores.end(w, smem.sums.n[index % ItemQueue::kSlots]);
+            scores.end(w, smem.sums.n[index % ItemQueue::kSlots], smem.sums.absorber);
         }
         smem.sums.publish(index);
         smem.queue.release(index);
@@ -65,11 +66,17 @@ __device__ __forceinline__ void value_items(const DecodeParams& p, SharedMemory&
             for (const u32 end = ordinal + uniform(w.end - w.begin); ordinal != end; ++ordinal) values.tile(ordinal);
             const float* sums = smem.sums.wait(index);
             if (w.parts == 1 || absorbs(p, w)) {
-                if (w.parts > 1) wait_for_parts(p, w);
-                write_out<kRows>(p, w, values, sums);
+                float weight[Fragment::kThreadRows];
+                if (w.parts > 1) absorb_parts<kRows>(p, w, values, smem.sums.absorber, smem.ring);
+#pragma unroll
+                for (int i = 0; i < Fragment::kThreadRows; ++i)
+                    weight[i] = w.parts > 1 ? 1.f : inverse_sum(sums[Fragment::row(launder(threadIdx.x), i)]);
+                write_out<kRows>(p, w, values, weight);
             } else {
                 write_part<kRows>(p, w, values);
-                announce_part(p, w, smem.pending);
+                if (w.parts > kAbsorbedParts && threadIdx.x == 0) smem.pending.item[smem.pending.count++] = w;
+                __syncwarp();
+                if (threadIdx.x % 32 == 0) mbarrier_arrive(&smem.part_written);
             }
         }
         smem.queue.release(index);
@@ -90,16 +97,20 @@ __device__ __forceinline__ void run_cta(const DecodeParams& p, SharedMemory& sme
         smem.sums.init_barriers();
         smem.init_barriers();
         smem.pending.count = 0;
+        mbarrier_init(&smem.part_written, kValueThreads / 32);
         fence_barrier_init();
     }
     __syncthreads();
+    griddepcontrol_launch_dependents();
+    griddepcontrol_wait();
     const int warpgroup = threadIdx.x / kWarpgroup;
     if (warpgroup == 3) {
         setmaxnreg_dec<kProducerRegisters>();
         const int warp = (threadIdx.x - (kThreads - kWarpgroup)) / 32;
         if (warp == 0) schedule_items(p, smem.queue);
-        else if (warp == 1) load_items(p, smem.ring, smem.queue);
-        else if (warp == 2) smem.fetch_queries(p);
+        else if (warp == 1) load_items<kRows>(p, smem.ring, smem.queue);
+        else if (warp == 2) announce_parts(p, smem.queue, &smem.part_written);
+        else smem.fetch_queries(p);
     } else if (warpgroup == 2) {
         if (kScoreRegisters >= 128) setmaxnreg_inc<kScoreRegisters>();
         else setmaxnreg_dec<kScoreRegisters>();

@@ -70,6 +70,10 @@ struct TileRing {  // at a multiple of 1,024 bytes, the swizzle's atom
         if (lane == 0) mbarrier_arrive(&group_empty[group_slot(ordinal, g)]);
         if (lane == 1) mbarrier_arrive(&rotary_empty[rotary_slot(ordinal)]);
     }
+    __device__ void release_group(u32 ordinal, u32 g) {
+        __syncwarp();
+        if ((threadIdx.x & 31) == 0) mbarrier_arrive(&group_empty[group_slot(ordinal, g)]);
+    }
     // Score warpgroup, every thread, when it has read a tile that no value warpgroup reads.
     __device__ void release_unscored(u32 ordinal) {
         if (!kLoads) return;
@@ -95,13 +99,29 @@ struct TileRing {  // at a multiple of 1,024 bytes, the swizzle's atom
         mbarrier_arrive_expect_tx(&rotary_full[slot], kBoxBytes);
         tma_load_3d(rotary[slot], map, &rotary_full[slot], kRotaryBox * kBoxColumns, y, z);
     }
+    // One thread: other things in the place of a group's first boxes, or of a rotary box.
+    __device__ void load_group(u32 ordinal, int g, const void* from, int boxes) {
+        const u32 slot = group_slot(ordinal, g);
+        mbarrier_wait(&group_empty[slot], group_phase(ordinal, g) ^ 1);
+#pragma unroll 1
+        for (int c = 0; c < boxes; ++c) {
+            mbarrier_arrive_expect_tx(&group_full[slot][c], kBoxBytes);
+            bulk_load(group[slot][c], static_cast<const char*>(from) + c * kBoxBytes, kBoxBytes, &group_full[slot][c]);
+        }
+    }
+    __device__ void load_rotary(u32 ordinal, const void* from, u32 bytes) {
+        const u32 slot = rotary_slot(ordinal);
+        mbarrier_wait(&rotary_empty[slot], rotary_phase(ordinal) ^ 1);
+        mbarrier_arrive_expect_tx(&rotary_full[slot], bytes);
+        bulk_load(rotary[slot], from, bytes, &rotary_full[slot]);
+    }
 };
 
 // Work items on their way from the producer to the other roles. `request` < 0 ends the share.
 struct ItemQueue {
     static constexpr int kSlots = 3;
-    // Warps that read it: values, scores, the loader, and where queries do not come through the ring theirs.
-    static constexpr int kReaders = (kValueThreads + kScoreThreads) / 32 + 1 + (MLA_ROWS != kTileTokens);
+    // Warps that read it: values, scores, loader, announcer, and where queries do not come through the ring theirs.
+    static constexpr int kReaders = (kValueThreads + kScoreThreads) / 32 + 2 + (MLA_ROWS != kTileTokens);
     WorkItem item[kSlots];
     u64 full[kSlots], empty[kSlots];
 
@@ -136,33 +156,5 @@ __device__ __forceinline__ void schedule_items(const DecodeParams& p, ItemQueue&
     for (bool more = true; more; ++index) {
         more = range.next(queue.open(index));
         queue.close(index);
-    }
-}
-
-// Run by one warp: streams the items' tiles.
-// A page id outside the pool is never read: TMA fills the box with zeros, and `invalid` makes NaN of the result.
-__device__ __forceinline__ void load_items(const DecodeParams& p, TileRing& ring, ItemQueue& queue) {
-    const int lane = threadIdx.x & 31;
-    for (u32 index = 0;; ++index) {
-        WorkItem& w = queue.wait(index);
-        if (w.request < 0) break;
-        if (kLoads && w.tiles > 0) {
-            const int* pages = p.block_table + static_cast<long long>(w.request) * p.table_stride;
-            if (MLA_ROWS == kTileTokens && lane == 0) ring.load(w.ordinal - 1, &p.q_map, w.row_block * kTileTokens, w.request);
-            u32 ordinal = w.ordinal;
-            const int begin = w.begin, end = w.end;
-            int lane_page = 0;
-            for (int tile = begin; tile < end; ++tile, ++ordinal) {
-                const int place = (tile - begin) & 31;
-                if (place == 0 && tile + lane < end) lane_page = pages[tile + lane];
-                const int page = __shfl_sync(0xffffffffu, lane_page, place);
-                if (lane == 0) {
-                    if (page < 0 || page >= p.num_pages) w.invalid = true;  // seen with the boxes' barriers
-                    ring.load(ordinal, &p.kv_map, 0, page);
-                }
-                __syncwarp();
-            }
-        }
-        queue.release(index);
     }
 }

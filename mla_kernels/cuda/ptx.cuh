@@ -93,8 +93,18 @@ __device__ __forceinline__ void tma_load_3d(void* smem, const TensorMap* map, u6
         : "memory");
 }
 
-// Orders this thread's ordinary shared-memory writes before later reads by WGMMA and TMA.
+// `bytes` (a multiple of 16) in a row -> shared memory; completes `barrier` by them.
+__device__ __forceinline__ void bulk_load(void* smem, const void* from, u32 bytes, u64* barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(smem_address(smem)),
+                 "l"(from), "r"(bytes), "r"(smem_address(barrier))
+                 : "memory");
+}
+
+// Orders ordinary shared-memory writes of this thread before later reads by WGMMA and TMA.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Orders ordinary global-memory writes that this thread knows of before its later TMA reads.
+__device__ __forceinline__ void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 // ---- WGMMA -------------------------------------------------------------------------------------------------------
 
@@ -227,6 +237,11 @@ __device__ __forceinline__ float exp2_approx(float x) {
 }
 
 // ---- registers, memory order -------------------------------------------------------------------------------------
+
+// Programmatic dependent launch: the next kernel of the stream may start when all CTAs have said so, and waits for this one's
+// end before it touches memory.
+__device__ __forceinline__ void griddepcontrol_launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ __forceinline__ void griddepcontrol_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 template <int kRegisters>
 __device__ __forceinline__ void setmaxnreg_inc() {

@@ -34,37 +34,25 @@ class WorkRange {
    public:
     __device__ explicit WorkRange(const DecodeParams& p) : p_(p) {
         const int lane = threadIdx.x & 31;
-        int total = 0;
-        for (int i = lane; i < p.b; i += 32) total += units(i);
+        int first[kKept], total = 0;  // tiles of the first requests, a lane each: one round trip to memory for most batches
+#pragma unroll
+        for (int k = 0; k < kKept; ++k) first[k] = k * 32 + lane < p.b ? tiles(k * 32 + lane) : -kItemUnits;
+#pragma unroll
+        for (int k = 0; k < kKept; ++k) total += units_of(first[k]);
+        for (int i = kKept * 32 + lane; i < p.b; i += 32) total += units_of(tiles(i));
         total = __reduce_add_sync(0xffffffffu, total);
         const int groups = gridDim.x / p.group;
         share_ = (total + groups - 1) / groups;
         position_ = blockIdx.x / p.group * share_;
         end_ = min(position_ + share_, total);
-        // find the request that holds `position_`, 32 at a time
-        int before = 0;
-        for (int base = 0; position_ < end_ && base < p.b; base += 32) {
-            const int own = base + lane < p.b ? units(base + lane) : 0;
-            int inclusive = own;
+        if (position_ >= end_) return;
+        bool found = false;
 #pragma unroll
-            for (int step = 1; step < 32; step *= 2) {
-                const int other = __shfl_up_sync(0xffffffffu, inclusive, step);
-                if (lane >= step) inclusive += other;
-            }
-            const u32 past = __ballot_sync(0xffffffffu, before + inclusive > position_);
-            if (past) {
-                const int hit = __ffs(past) - 1;
-                request_ = base + hit;
-                item_begin_ = before + __shfl_sync(0xffffffffu, inclusive - own, hit);
-                break;
-            }
-            before += __shfl_sync(0xffffffffu, inclusive, 31);
-        }
-        if (position_ < end_) {  // skip the row groups of that request that end before the share
-            tiles_ = tiles(request_);
-            row_group_ = (position_ - item_begin_) / (tiles_ + kItemUnits);
-            item_begin_ += row_group_ * (tiles_ + kItemUnits);
-        }
+        for (int k = 0; k < kKept; ++k)
+            if (!found) found = find(k * 32, first[k]);
+        for (int base = kKept * 32; !found && base < p.b; base += 32) found = find(base, base + lane < p.b ? tiles(base + lane) : -kItemUnits);
+        row_group_ = (position_ - item_begin_) / (tiles_ + kItemUnits);  // skip those that end before the share
+        item_begin_ += row_group_ * (tiles_ + kItemUnits);
     }
 
     // The next item of which this CTA has tiles, or which is empty and starts in this share; false and a negative request
@@ -108,6 +96,7 @@ class WorkRange {
 
    private:
     static constexpr int kItemUnits = MLA_ITEM_UNITS;
+    static constexpr int kKept = 4;
     static constexpr u32 kQueryTiles = MLA_ROWS == kTileTokens;  // an item's queries come as a tile of their own
     static_assert(kItemUnits > 0, "an empty request needs a unit to be found by");
 
@@ -115,7 +104,28 @@ class WorkRange {
         const int length = p_.cache_seqlens[request];
         return length < 0 || length > p_.max_pages * kPageTokens ? 0 : (length + kTileTokens - 1) / kTileTokens;
     }
-    __device__ int units(int request) const { return p_.row_groups * (tiles(request) + kItemUnits); }
+    __device__ int units_of(int tiles) const { return p_.row_groups * (tiles + kItemUnits); }
+
+    // Whether one of 32 requests from `base` on holds `position_`; the lanes give their tiles, and item_begin_ advances.
+    __device__ bool find(int base, int lane_tiles) {
+        const int lane = threadIdx.x & 31, own = units_of(lane_tiles);
+        int inclusive = own;
+#pragma unroll
+        for (int step = 1; step < 32; step *= 2) {
+            const int other = __shfl_up_sync(0xffffffffu, inclusive, step);
+            if (lane >= step) inclusive += other;
+        }
+        const u32 past = __ballot_sync(0xffffffffu, item_begin_ + inclusive > position_);
+        if (past == 0) {
+            item_begin_ += __shfl_sync(0xffffffffu, inclusive, 31);
+            return false;
+        }
+        const int hit = __ffs(past) - 1;
+        request_ = base + hit;
+        tiles_ = __shfl_sync(0xffffffffu, lane_tiles, hit);
+        item_begin_ += __shfl_sync(0xffffffffu, inclusive - own, hit);
+        return true;
+    }
 
     const DecodeParams& p_;
     int share_, position_, end_;
