@@ -43,17 +43,18 @@ struct RowsFragment {
     __device__ static constexpr int slot(int, int element) { return element / 2; }
     __device__ static u32 row(u32 thread, u32 slot) { return thread / 32 % 4 * 16 + thread % 32 / 4 + slot * 8; }
     __device__ static bool has_stats(u32 thread) { return thread < kWarpgroup && thread % 4 == 0; }
-    // Four vectors, so that a thread writes 16 bytes: the four threads of a row swap their pairs of columns.
+    // Four vectors, so that a thread writes 16 bytes: the four threads of a row swap their pairs of columns. `pair(i, r)`:
+    // the elements of row r (0, 1) of vector j + i, packed.
     static constexpr int kStoreVectors = 4;
-    __device__ static void store(u16* out, u32 rows, u32 thread, int j, const float4 (&v)[4]) {
-        const u32 r = row(thread, 0);
-        u16* place = out + r * kHeadDimV + thread / kWarpgroup * kHalfColumns + (j + thread % 4) * 8;
-        const uint4 upper = transposed(thread, pack_elements(v[0].x, v[0].y), pack_elements(v[1].x, v[1].y),
-                                       pack_elements(v[2].x, v[2].y), pack_elements(v[3].x, v[3].y));
-        const uint4 lower = transposed(thread, pack_elements(v[0].z, v[0].w), pack_elements(v[1].z, v[1].w),
-                                       pack_elements(v[2].z, v[2].w), pack_elements(v[3].z, v[3].w));
-        if (r < rows) *reinterpret_cast<uint4*>(place) = upper;
-        if (r + 8 < rows) *reinterpret_cast<uint4*>(place + 8 * kHeadDimV) = lower;
+    template <class Pair>
+    __device__ static void store(u16* out, u32 rows, u32 thread, int j, Pair pair) {
+        u16* place = out + row(thread, 0) * kHeadDimV + thread / kWarpgroup * kHalfColumns + (j + thread % 4) * 8;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const uint4 columns = transposed(thread, pair(0, r), pair(1, r), pair(2, r), pair(3, r));
+            __syncwarp();  // or ptxas gathers the packed pairs of many vectors in registers that it has not
+            if (row(thread, r) < rows) *reinterpret_cast<uint4*>(place + r * 8 * kHeadDimV) = columns;
+        }
     }
     // Element i of thread t of four neighbours -> element t of thread i.
     __device__ static uint4 transposed(u32 thread, u32 a, u32 b, u32 c, u32 d) {
@@ -279,7 +280,7 @@ struct Scores {
         for (int r = 0; r < 2; ++r) n[r] += sum[r][0] + sum[r][1];
     }
 
-    __device__ void end(const WorkItem& w, float* sums, RowStats* absorber) {
+    __device__ void end(const WorkItem& w, float* sums) {
         const u32 row = this->row();
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
@@ -290,8 +291,7 @@ struct Scores {
             }
             if ((launder(lane) & 3) != 0) continue;
             if (w.invalid) l[r] = n[r] = kNan;
-            sums[row + r * 8] = n[r];
-            write_stats<kRows>(p, w, row + r * 8, {m[r], l[r], n[r]}, absorber);
+            write_stats<kRows>(p, w, row + r * 8, {m[r], l[r], n[r]}, smem.ring, sums, smem.sums.weights);
         }
     }
 };
@@ -332,9 +332,9 @@ struct Values {
                                                v + part * (kPvColumns / kBoxColumns * kBoxBytes >> 4) + step * kAdvanceDownRows, true);
             wgmma_commit();
             wgmma_wait<0>();
-#pragma unroll
-            for (int part = 0; part < kPvParts; ++part) wgmma_fence_operands(o[part]);
         }
+#pragma unroll
+        for (int part = 0; part < kPvParts; ++part) wgmma_fence_operands(o[part]);
         smem.ring.release(ordinal, kHalf);
     }
 

@@ -42,16 +42,20 @@ struct SwappedFragment {
     __device__ static constexpr int slot(int j, int element) { return j % kVectorsPerBox * 2 + (element & 1); }
     __device__ static u32 row(u32 thread, u32 slot) { return column_of(slot, thread % 32); }
     __device__ static bool has_stats(u32 thread) { return thread < 4; }
+    // By whole warps. `pair(0, half)`: the two query rows of dim d (0) or d + 8 (1) of vector j, packed.
     static constexpr int kStoreVectors = 1;
-    __device__ static void store(u16* out, u32 rows, u32 thread, int j, const float4 (&v)[1]) { store_one(out, rows, thread, j, v[0]); }
-    __device__ static void store_one(u16* out, u32 rows, u32 thread, int j, float4 v) {  // by whole warps
-        const u32 low = movmatrix_trans(pack_elements(v.x, v.y)), high = movmatrix_trans(pack_elements(v.z, v.w));
+    template <class Pair>
+    __device__ static void store(u16* out, u32 rows, u32 thread, int j, Pair pair) {
+        const u32 low = movmatrix_trans(pair(0, 0)), high = movmatrix_trans(pair(0, 1));
         const u32 lane = thread % 32, r = j % kVectorsPerBox * 8 + lane / 4;
         u16* place = out + r * kHeadDimV + (thread / kWarpgroup * kGroupBoxes + j / kVectorsPerBox) * kBoxColumns +
                      thread % kWarpgroup / 32 * 16 + lane % 4 * 2;
         if (r >= rows) return;
         *reinterpret_cast<u32*>(place) = low;
         *reinterpret_cast<u32*>(place + 8) = high;
+    }
+    __device__ static void store_one(u16* out, u32 rows, u32 thread, int j, float4 v) {
+        store(out, rows, thread, j, [v](int, int half) { return half == 0 ? pack_elements(v.x, v.y) : pack_elements(v.z, v.w); });
     }
 };
 
@@ -197,7 +201,7 @@ struct Scores {
     }
 
     // Gives the queries back and joins the four warps' sums.
-    __device__ void end(const WorkItem& w, float* sums, RowStats* absorber) {
+    __device__ void end(const WorkItem& w, float* sums) {
         const u32 warp = launder(this->warp), lane = launder(this->lane);
         if (lane == 0) mbarrier_arrive(&smem.q.empty);
 #pragma unroll
@@ -218,8 +222,7 @@ struct Scores {
 #pragma unroll
                 for (int i = 0; i < 4; ++i) stats.l += smem.parts[i][row].x, stats.n += smem.parts[i][row].y;
                 if (w.invalid) stats.l = stats.n = kNan;
-                sums[row] = stats.n;
-                write_stats<kRows>(p, w, row, stats, absorber);
+                write_stats<kRows>(p, w, row, stats, smem.ring, sums, smem.sums.weights);
             }
         }
     }
@@ -269,9 +272,9 @@ struct Values {
                                           probabilities + step * kAdvanceAlongRow, true);
             wgmma_commit();
             wgmma_wait<0>();
-#pragma unroll
-            for (int c = 0; c < kGroupBoxes; ++c) wgmma_fence_operands(o[c]);
         }
+#pragma unroll
+        for (int c = 0; c < kGroupBoxes; ++c) wgmma_fence_operands(o[c]);
         smem.ring.release(ordinal, kHalf);
     }
 

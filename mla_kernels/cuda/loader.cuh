@@ -26,7 +26,7 @@ __device__ __forceinline__ void load_items(const DecodeParams& p, TileRing& ring
                 }
                 __syncwarp();
             }
-            if (lane == 0 && absorbs(p, w)) load_parts<kRows>(p, ring, w);
+            if (lane == 0 && absorbs(w)) load_parts<kRows>(p, ring, w);
         }
         queue.release(index);
     }

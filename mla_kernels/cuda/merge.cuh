@@ -35,10 +35,6 @@ __device__ __forceinline__ PartialSlot<kRows>& partial_slot(const DecodeParams& 
     return slots[2 * (first_cta + part * p.group) + (part == 0)];
 }
 
-__device__ __forceinline__ int part_of_this_cta(const DecodeParams& p, const WorkItem& w) {
-    return (static_cast<int>(blockIdx.x) - w.first_cta) / p.group;
-}
-
 // 1 / n, 0 for a row that sees no token, NaN for a row that must be NaN.
 __device__ __forceinline__ float inverse_sum(float n) { return n > 0.f ? 1.f / n : n; }
 
@@ -71,9 +67,12 @@ __device__ __forceinline__ void write_empty(const DecodeParams& p, const WorkIte
 
 constexpr int kAbsorbedParts = 3;
 
+// Whether parts of it are to be merged. (Of a block without loads or arithmetic they have no meaning.)
+__device__ __forceinline__ bool is_split(const WorkItem& w) { return kLoads && kMath && w.parts > 1; }
+
 // Whether this CTA finishes a split item of few parts.
-__device__ __forceinline__ bool absorbs(const DecodeParams& p, const WorkItem& w) {
-    return w.parts > 1 && w.parts <= kAbsorbedParts && part_of_this_cta(p, w) == 0;
+__device__ __forceinline__ bool absorbs(const WorkItem& w) {
+    return is_split(w) && w.parts <= kAbsorbedParts && w.part == 0;
 }
 
 // A part to be absorbed comes through the ring, in pieces that follow the item's tiles: a value warpgroup's half of it (rows
@@ -131,11 +130,46 @@ __device__ __forceinline__ int valid_rows(const DecodeParams& p, const WorkItem&
     return min(kRows, p.s_q * p.h_q - w.row_block * kRows);
 }
 
-// Score warpgroup, one thread a row: where the row's stats go, besides to the value warpgroups.
+// What the parts of a row weigh in the result, part 0 first.
+struct PartWeights {
+    float of[kAbsorbedParts];
+};
+
+// Score warpgroup, one thread a row: weighs part 0 (`own`) of an item and those that the loader brings; writes the LSE.
 template <int kRows>
-__device__ __forceinline__ void write_stats(const DecodeParams& p, const WorkItem& w, int row, const RowStats& stats, RowStats* absorber) {
-    if (absorbs(p, w)) absorber[row] = stats;
-    else if (w.parts > 1) partial_slot<kRows>(p, w.first_cta, part_of_this_cta(p, w)).stats[row] = stats;
+__device__ __forceinline__ PartWeights weigh_parts(const DecodeParams& p, const WorkItem& w, int row, const RowStats& own, TileRing& ring) {
+    RowStats stats[kAbsorbedParts];
+    float m = own.m, l = 0.f, n = 0.f;
+#pragma unroll
+    for (int k = 0; k < kAbsorbedParts; ++k) {
+        stats[k] = k == 0 ? own : RowStats{-kInfinity, 0.f, 0.f};
+        if (k > 0 && k < w.parts) {
+            const u32 ordinal = PartPieces<kRows>::ordinal(w, 0, k);
+            ring.wait_box(ordinal, kRotaryBox);
+            stats[k] = reinterpret_cast<const RowStats*>(ring.box(ordinal, kRotaryBox))[row];
+        }
+        m = fmaxf(m, stats[k].m);
+    }
+    PartWeights weights;
+#pragma unroll
+    for (int k = 0; k < kAbsorbedParts; ++k) {
+        weights.of[k] = rescale_factor(stats[k].m, m);
+        l += stats[k].l * weights.of[k];
+        n += stats[k].n * weights.of[k];
+    }
+#pragma unroll
+    for (int k = 0; k < kAbsorbedParts; ++k) weights.of[k] *= inverse_sum(n);
+    if (row < valid_rows<kRows>(p, w)) store_lse(p, w.request, w.row_block * kRows + row, natural_lse(m, l));
+    return weights;
+}
+
+// Score warpgroup, one thread a row, at an item's end: where the row's stats go. `n` and `weights` are the value warpgroups'.
+template <int kRows>
+__device__ __forceinline__ void write_stats(const DecodeParams& p, const WorkItem& w, int row, const RowStats& stats, TileRing& ring,
+                                            float* n, PartWeights* weights) {
+    n[row] = stats.n;
+    if (absorbs(w)) weights[row] = weigh_parts<kRows>(p, w, row, stats, ring);
+    else if (is_split(w)) partial_slot<kRows>(p, w.first_cta, w.part).stats[row] = stats;
     else if (row < valid_rows<kRows>(p, w)) store_lse(p, w.request, w.row_block * kRows + row, natural_lse(stats.m, stats.l));
 }
 
@@ -143,62 +177,38 @@ __device__ __forceinline__ void write_stats(const DecodeParams& p, const WorkIte
 template <int kRows, class Values>
 __device__ __forceinline__ void write_part(const DecodeParams& p, const WorkItem& w, Values& values) {
     const u32 thread = launder(threadIdx.x);
-    auto& o = partial_slot<kRows>(p, w.first_cta, part_of_this_cta(p, w)).o[thread / kWarpgroup];
+    auto& o = partial_slot<kRows>(p, w.first_cta, w.part).o[thread / kWarpgroup];
 #pragma unroll
     for (int j = 0; j < kVectors<kRows>; ++j) o[j][thread % kWarpgroup] = values.vector(j);
 }
 
-// Adds to part 0, which this CTA holds, the others that the loader brings, and normalises; writes the LSE. `own`: the stats
-// of part 0.
+// Makes the normalised result of part 0, which this CTA holds, and the others that the loader brings.
 template <int kRows, class Values>
-__device__ __forceinline__ void absorb_parts(const DecodeParams& p, const WorkItem& w, Values& values, const RowStats* own, TileRing& ring) {
+__device__ __forceinline__ void absorb_parts(const WorkItem& w, Values& values, const PartWeights* weights, TileRing& ring) {
     using Fragment = typename Values::Fragment;
     using Pieces = PartPieces<kRows>;
     const u32 thread = launder(threadIdx.x), g = thread / kWarpgroup;
-    const int rows = valid_rows<kRows>(p, w), parts = w.parts;
-    const auto stats_of = [&](int k, int row) {
-        return k == 0 ? own[row] : reinterpret_cast<const RowStats*>(ring.box(Pieces::ordinal(w, 0, k), kRotaryBox))[row];
-    };
-    float m[Fragment::kThreadRows], weight[Fragment::kThreadRows], inverse[Fragment::kThreadRows];
-    for (int k = 1; k < parts; ++k) ring.wait_box(Pieces::ordinal(w, 0, k), kRotaryBox);
+#pragma unroll 1
+    for (int k = 1; k < w.parts; ++k) {
+        float own[Fragment::kThreadRows], other[Fragment::kThreadRows];
 #pragma unroll
-    for (int i = 0; i < Fragment::kThreadRows; ++i) {
-        const int row = Fragment::row(thread, i);
-        float l = 0.f, n = 0.f;
-        m[i] = -kInfinity;
-#pragma unroll 1
-        for (int k = 0; k < parts; ++k) m[i] = fmaxf(m[i], stats_of(k, row).m);
-#pragma unroll 1
-        for (int k = 0; k < parts; ++k) {
-            const RowStats stats = stats_of(k, row);
-            const float factor = rescale_factor(stats.m, m[i]);
-            l += stats.l * factor;
-            n += stats.n * factor;
+        for (int i = 0; i < Fragment::kThreadRows; ++i) {
+            const PartWeights& row = weights[Fragment::row(thread, i)];
+            own[i] = k == 1 ? row.of[0] : 1.f, other[i] = row.of[k];
         }
-        inverse[i] = inverse_sum(n);
-        weight[i] = rescale_factor(own[row].m, m[i]) * inverse[i];
-        if (Fragment::has_stats(thread) && row < rows) store_lse(p, w.request, w.row_block * kRows + row, natural_lse(m[i], l));
-    }
-#pragma unroll
-    for (int j = 0; j < kVectors<kRows>; ++j)
-        values.set_vector(j, scaled(values.vector(j), weight[Fragment::slot(j, 0)], weight[Fragment::slot(j, 1)],
-                                    weight[Fragment::slot(j, 2)], weight[Fragment::slot(j, 3)]));
-#pragma unroll 1
-    for (int k = 1; k < parts; ++k) {
-#pragma unroll
-        for (int i = 0; i < Fragment::kThreadRows; ++i)
-            weight[i] = rescale_factor(stats_of(k, Fragment::row(thread, i)).m, m[i]) * inverse[i];
 #pragma unroll
         for (int piece = 0; piece < Pieces::kCount; ++piece) {
-            const u32 ordinal = Pieces::ordinal(w, piece, k);
+            const u32 ordinal = uniform(Pieces::ordinal(w, piece, k));
+#pragma unroll 1
             for (int c = 0; c < Pieces::kPieceBoxes; ++c) ring.wait_box(ordinal, g * kGroupBoxes + c);
             const auto* part = reinterpret_cast<const float4*>(ring.box(ordinal, g * kGroupBoxes)) + thread % kWarpgroup;
 #pragma unroll
             for (int i = 0; i < Pieces::kPieceVectors; ++i) {
                 const int j = piece * Pieces::kPieceVectors + i;
-                values.set_vector(j, weighted(values.vector(j), part[i * kWarpgroup], weight[Fragment::slot(j, 0)],
-                                              weight[Fragment::slot(j, 1)], weight[Fragment::slot(j, 2)],
-                                              weight[Fragment::slot(j, 3)]));
+                const float4 mine = scaled(values.vector(j), own[Fragment::slot(j, 0)], own[Fragment::slot(j, 1)],
+                                           own[Fragment::slot(j, 2)], own[Fragment::slot(j, 3)]);
+                values.set_vector(j, weighted(mine, load_shared(part + i * kWarpgroup), other[Fragment::slot(j, 0)], other[Fragment::slot(j, 1)],
+                                              other[Fragment::slot(j, 2)], other[Fragment::slot(j, 3)]));
             }
             ring.release_group(ordinal, g);
         }
@@ -209,19 +219,16 @@ __device__ __forceinline__ void absorb_parts(const DecodeParams& p, const WorkIt
 template <int kRows, class Values>
 __device__ __forceinline__ void write_out(const DecodeParams& p, const WorkItem& w, Values& values, const float (&weight)[Values::Fragment::kThreadRows]) {
     using Fragment = typename Values::Fragment;
-    constexpr int kTogether = Fragment::kStoreVectors;
     const u32 thread = launder(threadIdx.x);
     u16* out = out_row(p, w.request, w.row_block * kRows);
     const int rows = valid_rows<kRows>(p, w);
 #pragma unroll
-    for (int j = 0; j < kVectors<kRows>; j += kTogether) {
-        float4 v[kTogether];
-#pragma unroll
-        for (int i = 0; i < kTogether; ++i)
-            v[i] = scaled(values.vector(j + i), weight[Fragment::slot(j + i, 0)], weight[Fragment::slot(j + i, 1)],
-                          weight[Fragment::slot(j + i, 2)], weight[Fragment::slot(j + i, 3)]);
-        Fragment::store(out, rows, thread, j, v);
-    }
+    for (int j = 0; j < kVectors<kRows>; j += Fragment::kStoreVectors)
+        Fragment::store(out, rows, thread, j, [&](int i, int half) {
+            const float4 v = values.vector(j + i);
+            const float first = weight[Fragment::slot(j + i, 2 * half)], second = weight[Fragment::slot(j + i, 2 * half + 1)];
+            return half == 0 ? pack_elements(v.x * first, v.y * second) : pack_elements(v.z * first, v.w * second);
+        });
 }
 
 // The split items of many parts that this CTA takes part in, to be merged when its share is done. In shared memory: a
@@ -237,7 +244,7 @@ __device__ __forceinline__ void announce_parts(const DecodeParams& p, ItemQueue&
     for (u32 index = 0;; ++index) {
         const WorkItem& w = queue.wait(index);
         if (w.request < 0) break;
-        if (w.parts > 1 && !absorbs(p, w)) {
+        if (is_split(w) && !absorbs(w)) {
             mbarrier_wait(part_written, phase);
             phase ^= 1;
             if ((threadIdx.x & 31) == 0) atomic_add_acq_rel(&p.arrivals[2 * w.first_cta], 1);
@@ -254,52 +261,58 @@ struct MergeMemory {
     float weights[kMaxParts][kRows];
 };
 
+// One warp, a lane a part: what each part of `row` weighs, and the row's LSE.
+template <int kRows>
+struct RowMerge {
+    static constexpr int kLaneParts = kMaxParts / 32;
+    RowStats stats[kLaneParts];
+
+    __device__ void load(const DecodeParams& p, const WorkItem& w, int row, u32 lane) {
+#pragma unroll
+        for (int k = 0; k < kLaneParts; ++k)
+            stats[k] = k * 32 + lane < w.parts ? partial_slot<kRows>(p, w.first_cta, k * 32 + lane).stats[row] : RowStats{-kInfinity, 0.f, 0.f};
+    }
+    __device__ float weigh(MergeMemory<kRows>& smem, int parts, int row, u32 lane) {
+        float m = -kInfinity, l = 0.f, n = 0.f;
+#pragma unroll
+        for (int k = 0; k < kLaneParts; ++k) m = fmaxf(m, stats[k].m);
+#pragma unroll
+        for (int step = 1; step < 32; step *= 2) m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, step));
+        if (m == -kInfinity) m = 0.f;
+#pragma unroll
+        for (int k = 0; k < kLaneParts; ++k) {
+            stats[k].m = exp2f(stats[k].m - m);  // its weight
+            l += stats[k].l * stats[k].m;
+            n += stats[k].n * stats[k].m;
+        }
+#pragma unroll
+        for (int step = 1; step < 32; step *= 2) {
+            l += __shfl_xor_sync(0xffffffffu, l, step);
+            n += __shfl_xor_sync(0xffffffffu, n, step);
+        }
+#pragma unroll
+        for (int k = 0; k < kLaneParts; ++k)
+            if (k * 32 + lane < parts) smem.weights[k * 32 + lane][row] = stats[k].m * inverse_sum(n);
+        return natural_lse(m, l);
+    }
+};
+
 // Merges this CTA's slice of one split item of n parts. A unit is what one warp holds of one vector; a slice is 1/n-th of
-// the units, in an order in which warps of the same rows are neighbours.
+// the units, in an order in which warps of the same rows are neighbours. All is latency here: O is asked for before its
+// weights are known, and both rows of a warp at once.
 template <int kRows, class Fragment>
 __device__ __forceinline__ void merge_slice(const DecodeParams& p, const WorkItem& w, MergeMemory<kRows>& smem) {
-    constexpr int kWarps = kValueThreads / 32, kUnits = kVectors<kRows> * kWarps;
+    constexpr int kWarps = kValueThreads / 32, kUnits = kVectors<kRows> * kWarps, kInFlight = 8;
+    static_assert(Fragment::kWarpRows <= 4 * kWarps, "rows of a unit");
     u32* arrived = &p.arrivals[2 * w.first_cta];
     const u32 thread = launder(threadIdx.x), warp = thread / 32, lane = thread % 32;
-    const int part = part_of_this_cta(p, w), rows = valid_rows<kRows>(p, w);
-    const int begin = kUnits * part / w.parts, units = kUnits * (part + 1) / w.parts - begin;
+    const int rows = valid_rows<kRows>(p, w), parts = w.parts;
+    const int begin = kUnits * w.part / parts, units = kUnits * (w.part + 1) / parts - begin;
     const auto place = [](int unit) { return unit / kVectors<kRows>; };  // of a unit's warp in that order
     const int first_row = place(begin) / 2 * Fragment::kWarpStride;
     const int end_row = place(begin + max(units, 1) - 1) / 2 * Fragment::kWarpStride + Fragment::kWarpRows;
     if (units > 0) {
-        if (threadIdx.x == 0) spin_until(arrived, w.parts);
-        named_barrier_sync(kBarrierValues, kValueThreads);
-        for (int r = first_row + warp; r < end_row; r += kWarps) {  // a warp a row, a lane a part
-            RowStats stats[kMaxParts / 32];
-            float m = -kInfinity, l = 0.f, n = 0.f;
-#pragma unroll
-            for (int k = 0; k < kMaxParts / 32; ++k) {
-                const int i = k * 32 + lane;
-                stats[k] = i < w.parts ? partial_slot<kRows>(p, w.first_cta, i).stats[r] : RowStats{-kInfinity, 0.f, 0.f};
-                m = fmaxf(m, stats[k].m);
-            }
-#pragma unroll
-            for (int step = 1; step < 32; step *= 2) m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, step));
-            if (m == -kInfinity) m = 0.f;
-#pragma unroll
-            for (int k = 0; k < kMaxParts / 32; ++k) {
-                stats[k].m = exp2f(stats[k].m - m);  // its weight
-                l += stats[k].l * stats[k].m;
-                n += stats[k].n * stats[k].m;
-            }
-#pragma unroll
-            for (int step = 1; step < 32; step *= 2) {
-                l += __shfl_xor_sync(0xffffffffu, l, step);
-                n += __shfl_xor_sync(0xffffffffu, n, step);
-            }
-#pragma unroll
-            for (int k = 0; k < kMaxParts / 32; ++k)
-                if (k * 32 + lane < w.parts) smem.weights[k * 32 + lane][r] = stats[k].m * inverse_sum(n);
-            // the slice that holds the first unit of these rows writes their LSE
-            const int first_unit = r / Fragment::kWarpRows * 2 * kVectors<kRows>;
-            if (lane == 0 && r < rows && first_unit >= begin && first_unit < begin + units)
-                store_lse(p, w.request, w.row_block * kRows + r, natural_lse(m, l));
-        }
+        if (threadIdx.x == 0) spin_until(arrived, parts);
         named_barrier_sync(kBarrierValues, kValueThreads);
 
         // With fewer units than warps, `teams` warps share a unit's parts, and the first adds their sums.
@@ -308,17 +321,42 @@ __device__ __forceinline__ void merge_slice(const DecodeParams& p, const WorkIte
             const int unit = units < kWarps ? warp % units : base + warp, j = (begin + unit) % kVectors<kRows>;
             const int order = place(begin + unit), owner = (order % 2 * 4 + order / 2) * 32 + lane;
             const bool works = unit < units && team < teams;
-            float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-            if (works) {
-#pragma unroll 8
-                for (int k = team; k < w.parts; k += teams) {
-                    const float* weights = smem.weights[k];
-                    const float4 o = partial_slot<kRows>(p, w.first_cta, k).o[owner / kWarpgroup][j][owner % kWarpgroup];
-                    sum = weighted(sum, o, weights[Fragment::row(owner, Fragment::slot(j, 0))],
-                                   weights[Fragment::row(owner, Fragment::slot(j, 1))],
-                                   weights[Fragment::row(owner, Fragment::slot(j, 2))],
-                                   weights[Fragment::row(owner, Fragment::slot(j, 3))]);
+            const auto o = [&](int k) { return partial_slot<kRows>(p, w.first_cta, k).o[owner / kWarpgroup][j][owner % kWarpgroup]; };
+            float4 ahead[kInFlight];
+#pragma unroll
+            for (int i = 0; i < kInFlight; ++i)
+                ahead[i] = works && team + i * teams < parts ? o(team + i * teams) : make_float4(0.f, 0.f, 0.f, 0.f);
+            if (base == 0) {
+                for (int r = first_row + warp; r < end_row; r += 2 * kWarps) {
+                    RowMerge<kRows> one, two;
+                    one.load(p, w, r, lane);
+                    if (r + kWarps < end_row) two.load(p, w, r + kWarps, lane);
+                    const auto finish = [&](RowMerge<kRows>& merge, int row) {
+                        const float lse = merge.weigh(smem, parts, row, lane);
+                        // the slice that holds the first unit of these rows writes their LSE
+                        const int first_unit = row / Fragment::kWarpRows * 2 * kVectors<kRows>;
+                        if (lane == 0 && row < rows && first_unit >= begin && first_unit < begin + units)
+                            store_lse(p, w.request, w.row_block * kRows + row, lse);
+                    };
+                    finish(one, r);
+                    if (r + kWarps < end_row) finish(two, r + kWarps);
                 }
+                named_barrier_sync(kBarrierValues, kValueThreads);
+            }
+            float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+            const auto add = [&](int k, float4 v) {
+                const float* weights = smem.weights[k];
+                sum = weighted(sum, v, weights[Fragment::row(owner, Fragment::slot(j, 0))],
+                               weights[Fragment::row(owner, Fragment::slot(j, 1))],
+                               weights[Fragment::row(owner, Fragment::slot(j, 2))],
+                               weights[Fragment::row(owner, Fragment::slot(j, 3))]);
+            };
+            if (works) {
+#pragma unroll
+                for (int i = 0; i < kInFlight; ++i)
+                    if (team + i * teams < parts) add(team + i * teams, ahead[i]);
+#pragma unroll 8
+                for (int k = team + kInFlight * teams; k < parts; k += teams) add(k, o(k));
             }
             if (teams > 1) {
                 smem.sums[thread] = sum;
@@ -331,6 +369,6 @@ __device__ __forceinline__ void merge_slice(const DecodeParams& p, const WorkIte
         named_barrier_sync(kBarrierValues, kValueThreads);
     }
     if (threadIdx.x == 0) {  // the last to leave resets the counters for the next launch
-        if (atomic_add_acq_rel(arrived + 1, 1) == static_cast<u32>(w.parts - 1)) arrived[0] = arrived[1] = 0;
+        if (atomic_add_acq_rel(arrived + 1, 1) == static_cast<u32>(parts - 1)) arrived[0] = arrived[1] = 0;
     }
 }

@@ -18,7 +18,7 @@ constexpr int kValueRegisters = MLA_VALUE_REGISTERS, kScoreRegisters = MLA_SCORE
 template <int kRows>
 struct ItemSums {
     float n[ItemQueue::kSlots][kRows];
-    RowStats absorber[kRows];  // of the one item whose other parts are absorbed
+    PartWeights weights[kRows];  // of the one item whose other parts are absorbed
     u64 ready[ItemQueue::kSlots];
 
     __device__ void init_barriers() {
@@ -43,7 +43,7 @@ __device__ __forceinline__ void score_items(const DecodeParams& p, SharedMemory&
         if (w.tiles > 0) {
             scores.begin(w);
             scores.tiles(w, uniform(w.begin), uniform(w.end), uniform(w.ordinal));
-            scores.end(w, smem.sums.n[index % ItemQueue::kSlots], smem.sums.absorber);
+            scores.end(w, smem.sums.n[index % ItemQueue::kSlots]);
         }
         smem.sums.publish(index);
         smem.queue.release(index);
@@ -65,12 +65,12 @@ __device__ __forceinline__ void value_items(const DecodeParams& p, SharedMemory&
             u32 ordinal = uniform(w.ordinal);
             for (const u32 end = ordinal + uniform(w.end - w.begin); ordinal != end; ++ordinal) values.tile(ordinal);
             const float* sums = smem.sums.wait(index);
-            if (w.parts == 1 || absorbs(p, w)) {
+            if (!is_split(w) || absorbs(w)) {
                 float weight[Fragment::kThreadRows];
-                if (w.parts > 1) absorb_parts<kRows>(p, w, values, smem.sums.absorber, smem.ring);
+                if (is_split(w)) absorb_parts<kRows>(w, values, smem.sums.weights, smem.ring);
 #pragma unroll
                 for (int i = 0; i < Fragment::kThreadRows; ++i)
-                    weight[i] = w.parts > 1 ? 1.f : inverse_sum(sums[Fragment::row(launder(threadIdx.x), i)]);
+                    weight[i] = is_split(w) ? 1.f : inverse_sum(sums[Fragment::row(launder(threadIdx.x), i)]);
                 write_out<kRows>(p, w, values, weight);
             } else {
                 write_part<kRows>(p, w, values);

@@ -66,7 +66,7 @@ struct TileRing {  // at a multiple of 1,024 bytes, the swizzle's atom
     // Value warpgroup g, every thread, when it has read its group and P.
     __device__ void release(u32 ordinal, int g) {
         if (!kLoads) return;
-        const u32 lane = launder(threadIdx.x & 31);
+        const u32 lane = launder(threadIdx.x) & 31;
         if (lane == 0) mbarrier_arrive(&group_empty[group_slot(ordinal, g)]);
         if (lane == 1) mbarrier_arrive(&rotary_empty[rotary_slot(ordinal)]);
     }

@@ -189,13 +189,13 @@ __device__ __forceinline__ u32 pack_elements(float low, float high) {
 
 // The two elements of a register.
 __device__ __forceinline__ float2 unpack_elements(u32 packed) {
-    float2 v;
 #if MLA_BF16
-    asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %2;\ncvt.f32.bf16 %0, l;\ncvt.f32.bf16 %1, h;\n}\n" : "=f"(v.x), "=f"(v.y) : "r"(packed));
+    return make_float2(__uint_as_float(packed << 16), __uint_as_float(packed & 0xffff0000u));
 #else
+    float2 v;
     asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %2;\ncvt.f32.f16 %0, l;\ncvt.f32.f16 %1, h;\n}\n" : "=f"(v.x), "=f"(v.y) : "r"(packed));
-#endif
     return v;
+#endif
 }
 
 // Four 8x8 blocks of 16-bit elements, registers -> shared memory; lane l gives the address of row l % 8 of block l / 8.
@@ -263,6 +263,14 @@ __device__ __forceinline__ u32 atomic_add_acq_rel(u32* pointer, u32 value) {
     u32 old;
     asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(old) : "l"(pointer), "r"(value) : "memory");
     return old;
+}
+
+// 16 bytes by halves: among 128 accumulators ptxas finds no four free registers in a row, and spills.
+__device__ __forceinline__ float4 load_shared(const float4* pointer) {
+    float4 v;
+    asm volatile("ld.volatile.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(smem_address(pointer)));
+    asm volatile("ld.volatile.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.z), "=f"(v.w) : "r"(smem_address(pointer) + 8));
+    return v;
 }
 
 // 16 bytes past L1 (streamed once).

@@ -25,7 +25,8 @@ struct WorkItem {
     int row_block;         // of this CTA; may be past the last (then `active` is false)
     int begin, end;        // this CTA's tiles
     u32 ordinal;           // of its first tile among all that this CTA streams (the queries of decode_rows.cu count)
-    int first_cta, parts;  // CTA that holds the item's first tile (same place in its group), number of parts
+    int first_cta;         // the CTA that holds the item's first tile (same place in its group)
+    int part, parts;       // which of the item's parts this is, of how many
     bool active;
     bool invalid;  // a length outside the table, or (set while its tiles stream in) a page outside the pool: NaN
 };
@@ -74,6 +75,7 @@ class WorkRange {
             w.ordinal = streamed_ + kQueryTiles;
             const int first_group = first_tile / share_;
             w.first_cta = first_group * p_.group + member;
+            w.part = static_cast<int>(blockIdx.x) / p_.group - first_group;
             w.parts = tiles_ > 0 ? (item_end - 1) / share_ - first_group + 1 : 1;
             const bool owns = tiles_ > 0 ? w.begin < w.end : position_ == item_begin_;
             position_ = stop;
