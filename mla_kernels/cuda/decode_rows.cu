@@ -29,7 +29,7 @@ struct SharedMemory {
     float factor[kRotarySlots][kRows];  // what O is to be multiplied with before this tile,
     int moved[kRotarySlots][4];         // where it is not one, per warp of 16 rows
     ItemQueue queue;
-    PendingMerges pending;
+    WorkItem to_merge;  // the last, if this CTA merges a slice of it
     u64 part_written;
 
     __device__ void init_barriers() {}             // none of its own

@@ -23,7 +23,7 @@ struct SharedMemory {
     float maxima[4][kRows];             // a score warp's column maxima
     float2 parts[4][kRows];             // and sums
     ItemQueue queue;
-    PendingMerges pending;
+    WorkItem to_merge;  // the last, if this CTA merges a slice of it
     u64 part_written;
 
     __device__ void init_barriers() { q.init_barriers(); }

@@ -231,13 +231,6 @@ __device__ __forceinline__ void write_out(const DecodeParams& p, const WorkItem&
         });
 }
 
-// The split items of many parts that this CTA takes part in, to be merged when its share is done. In shared memory: a
-// run-time index would put them on the stack.
-struct PendingMerges {
-    WorkItem item[2];
-    int count;
-};
-
 // Run by one warp: tells the other CTAs of the parts that this one leaves, so that nobody waits for the writes to land.
 __device__ __forceinline__ void announce_parts(const DecodeParams& p, ItemQueue& queue, u64* part_written) {
     u32 phase = 0;
@@ -255,120 +248,101 @@ __device__ __forceinline__ void announce_parts(const DecodeParams& p, ItemQueue&
 
 constexpr int kMaxParts = 160;  // SMs of the largest Hopper GPU, and a few
 
+// Whether this CTA merges a slice of the item.
+__device__ __forceinline__ bool merges(const WorkItem& w) { return is_split(w) && w.parts > kAbsorbedParts && w.part < w.parts - 1; }
+
 template <int kRows>
 struct MergeMemory {
-    float4 sums[kValueThreads];
-    float weights[kMaxParts][kRows];
+    float4 sums[kScoreThreads];
+    RowStats stats[kMaxParts][kRows];  // of the slice's rows; then m is what the part weighs
 };
 
-// One warp, a lane a part: what each part of `row` weighs, and the row's LSE.
-template <int kRows>
-struct RowMerge {
-    static constexpr int kLaneParts = kMaxParts / 32;
-    RowStats stats[kLaneParts];
-
-    __device__ void load(const DecodeParams& p, const WorkItem& w, int row, u32 lane) {
-#pragma unroll
-        for (int k = 0; k < kLaneParts; ++k)
-            stats[k] = k * 32 + lane < w.parts ? partial_slot<kRows>(p, w.first_cta, k * 32 + lane).stats[row] : RowStats{-kInfinity, 0.f, 0.f};
-    }
-    __device__ float weigh(MergeMemory<kRows>& smem, int parts, int row, u32 lane) {
-        float m = -kInfinity, l = 0.f, n = 0.f;
-#pragma unroll
-        for (int k = 0; k < kLaneParts; ++k) m = fmaxf(m, stats[k].m);
-#pragma unroll
-        for (int step = 1; step < 32; step *= 2) m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, step));
-        if (m == -kInfinity) m = 0.f;
-#pragma unroll
-        for (int k = 0; k < kLaneParts; ++k) {
-            stats[k].m = exp2f(stats[k].m - m);  // its weight
-            l += stats[k].l * stats[k].m;
-            n += stats[k].n * stats[k].m;
-        }
-#pragma unroll
-        for (int step = 1; step < 32; step *= 2) {
-            l += __shfl_xor_sync(0xffffffffu, l, step);
-            n += __shfl_xor_sync(0xffffffffu, n, step);
-        }
-#pragma unroll
-        for (int k = 0; k < kLaneParts; ++k)
-            if (k * 32 + lane < parts) smem.weights[k * 32 + lane][row] = stats[k].m * inverse_sum(n);
-        return natural_lse(m, l);
-    }
-};
-
-// Merges this CTA's slice of one split item of n parts. A unit is what one warp holds of one vector; a slice is 1/n-th of
-// the units, in an order in which warps of the same rows are neighbours. All is latency here: O is asked for before its
-// weights are known, and both rows of a warp at once.
+// Score warpgroup: merges this CTA's slice of an item. A unit is what one value warp holds of one vector; a slice is its
+// share of the units, in an order in which warps of the same rows are neighbours. All is latency here: every load that can
+// be is under way at once, and the code is short (it is not in the instruction cache) and there once.
 template <int kRows, class Fragment>
 __device__ __forceinline__ void merge_slice(const DecodeParams& p, const WorkItem& w, MergeMemory<kRows>& smem) {
-    constexpr int kWarps = kValueThreads / 32, kUnits = kVectors<kRows> * kWarps, kInFlight = 8;
-    static_assert(Fragment::kWarpRows <= 4 * kWarps, "rows of a unit");
+    constexpr int kOwners = kValueThreads / 32, kUnits = kVectors<kRows> * kOwners, kWarps = kScoreThreads / 32, kInFlight = 16;
     u32* arrived = &p.arrivals[2 * w.first_cta];
-    const u32 thread = launder(threadIdx.x), warp = thread / 32, lane = thread % 32;
-    const int rows = valid_rows<kRows>(p, w), parts = w.parts;
-    const int begin = kUnits * w.part / parts, units = kUnits * (w.part + 1) / parts - begin;
+    const int thread = threadIdx.x % kScoreThreads, warp = thread / 32, lane = thread % 32;
+    const int parts = w.parts, slices = parts - 1;
+    const int begin = kUnits * w.part / slices, units = kUnits * (w.part + 1) / slices - begin;
     const auto place = [](int unit) { return unit / kVectors<kRows>; };  // of a unit's warp in that order
     const int first_row = place(begin) / 2 * Fragment::kWarpStride;
     const int end_row = place(begin + max(units, 1) - 1) / 2 * Fragment::kWarpStride + Fragment::kWarpRows;
-    if (units > 0) {
-        if (threadIdx.x == 0) spin_until(arrived, parts);
-        named_barrier_sync(kBarrierValues, kValueThreads);
+    if (thread == 0) spin_until(arrived, parts);
+    named_barrier_sync(kBarrierScore, kScoreThreads);
 
-        // With fewer units than warps, `teams` warps share a unit's parts, and the first adds their sums.
-        const int teams = max(kWarps / units, 1), team = units < kWarps ? warp / units : 0;
-        for (int base = 0; base < units; base += kWarps) {
-            const int unit = units < kWarps ? warp % units : base + warp, j = (begin + unit) % kVectors<kRows>;
-            const int order = place(begin + unit), owner = (order % 2 * 4 + order / 2) * 32 + lane;
-            const bool works = unit < units && team < teams;
-            const auto o = [&](int k) { return partial_slot<kRows>(p, w.first_cta, k).o[owner / kWarpgroup][j][owner % kWarpgroup]; };
-            float4 ahead[kInFlight];
+    const int slice_rows = end_row - first_row;
+#pragma unroll 4
+    for (int i = thread; i < parts * slice_rows; i += kScoreThreads)
+        smem.stats[i / slice_rows][first_row + i % slice_rows] = partial_slot<kRows>(p, w.first_cta, i / slice_rows).stats[first_row + i % slice_rows];
+    named_barrier_sync(kBarrierScore, kScoreThreads);
+
+    constexpr int kLanes = 8;  // that share a row
+    for (int row = first_row + thread / kLanes; row < end_row; row += kScoreThreads / kLanes) {
+        float m = -kInfinity, l = 0.f, n = 0.f;
+        for (int k = thread % kLanes; k < parts; k += kLanes) m = fmaxf(m, smem.stats[k][row].m);
 #pragma unroll
-            for (int i = 0; i < kInFlight; ++i)
-                ahead[i] = works && team + i * teams < parts ? o(team + i * teams) : make_float4(0.f, 0.f, 0.f, 0.f);
-            if (base == 0) {
-                for (int r = first_row + warp; r < end_row; r += 2 * kWarps) {
-                    RowMerge<kRows> one, two;
-                    one.load(p, w, r, lane);
-                    if (r + kWarps < end_row) two.load(p, w, r + kWarps, lane);
-                    const auto finish = [&](RowMerge<kRows>& merge, int row) {
-                        const float lse = merge.weigh(smem, parts, row, lane);
-                        // the slice that holds the first unit of these rows writes their LSE
-                        const int first_unit = row / Fragment::kWarpRows * 2 * kVectors<kRows>;
-                        if (lane == 0 && row < rows && first_unit >= begin && first_unit < begin + units)
-                            store_lse(p, w.request, w.row_block * kRows + row, lse);
-                    };
-                    finish(one, r);
-                    if (r + kWarps < end_row) finish(two, r + kWarps);
-                }
-                named_barrier_sync(kBarrierValues, kValueThreads);
-            }
-            float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-            const auto add = [&](int k, float4 v) {
-                const float* weights = smem.weights[k];
-                sum = weighted(sum, v, weights[Fragment::row(owner, Fragment::slot(j, 0))],
-                               weights[Fragment::row(owner, Fragment::slot(j, 1))],
-                               weights[Fragment::row(owner, Fragment::slot(j, 2))],
-                               weights[Fragment::row(owner, Fragment::slot(j, 3))]);
-            };
-            if (works) {
-#pragma unroll
-                for (int i = 0; i < kInFlight; ++i)
-                    if (team + i * teams < parts) add(team + i * teams, ahead[i]);
-#pragma unroll 8
-                for (int k = team + kInFlight * teams; k < parts; k += teams) add(k, o(k));
-            }
-            if (teams > 1) {
-                smem.sums[thread] = sum;
-                named_barrier_sync(kBarrierValues, kValueThreads);
-                for (int other = 1; works && team == 0 && other < teams; ++other)
-                    sum = weighted(sum, smem.sums[thread + other * units * 32], 1.f, 1.f, 1.f, 1.f);
-            }
-            if (works && team == 0) Fragment::store_one(out_row(p, w.request, w.row_block * kRows), rows, owner, j, sum);
+        for (int step = 1; step < kLanes; step *= 2) m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, step));
+        for (int k = thread % kLanes; k < parts; k += kLanes) {
+            RowStats& stats = smem.stats[k][row];
+            const float weight = rescale_factor(stats.m, m);
+            l += stats.l * weight;
+            n += stats.n * weight;
+            stats.m = weight;
         }
-        named_barrier_sync(kBarrierValues, kValueThreads);
+#pragma unroll
+        for (int step = 1; step < kLanes; step *= 2) {
+            l += __shfl_xor_sync(0xffffffffu, l, step);
+            n += __shfl_xor_sync(0xffffffffu, n, step);
+        }
+        const float inverse = inverse_sum(n);
+        for (int k = thread % kLanes; k < parts; k += kLanes) smem.stats[k][row].m *= inverse;
+        // the slice that holds the first unit of these rows writes their LSE
+        const int first_unit = row / Fragment::kWarpRows * 2 * kVectors<kRows>;
+        if (thread % kLanes == 0 && row < valid_rows<kRows>(p, w) && first_unit >= begin && first_unit < begin + units)
+            store_lse(p, w.request, w.row_block * kRows + row, natural_lse(m, l));
     }
-    if (threadIdx.x == 0) {  // the last to leave resets the counters for the next launch
-        if (atomic_add_acq_rel(arrived + 1, 1) == static_cast<u32>(parts - 1)) arrived[0] = arrived[1] = 0;
+    named_barrier_sync(kBarrierScore, kScoreThreads);
+
+    // With fewer units than warps, `teams` warps share a unit's parts, and the first adds their sums.
+    const int teams = units > 0 ? max(kWarps / units, 1) : 1, team = units < kWarps ? warp / max(units, 1) : 0;
+    for (int base = 0; base < units; base += kWarps) {
+        const int unit = units < kWarps ? warp % units : base + warp, j = (begin + unit) % kVectors<kRows>;
+        const int order = place(begin + unit), owner = (order % 2 * 4 + order / 2) * 32 + lane;
+        const bool works = unit < units && team < teams;
+        float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+        if (works) {
+            const float* weights[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) weights[i] = &smem.stats[0][Fragment::row(owner, Fragment::slot(j, i))].m;
+            constexpr int kStride = sizeof(smem.stats[0]) / sizeof(float);
+#pragma unroll 1
+            for (int first = team; first < parts; first += kInFlight * teams) {
+                float4 o[kInFlight];
+#pragma unroll
+                for (int i = 0; i < kInFlight; ++i) {
+                    const int k = first + i * teams;
+                    o[i] = k < parts ? partial_slot<kRows>(p, w.first_cta, k).o[owner / kWarpgroup][j][owner % kWarpgroup]
+                                     : make_float4(0.f, 0.f, 0.f, 0.f);
+                }
+#pragma unroll
+                for (int i = 0; i < kInFlight; ++i) {
+                    const int k = min(first + i * teams, parts - 1) * kStride;
+                    sum = weighted(sum, o[i], weights[0][k], weights[1][k], weights[2][k], weights[3][k]);
+                }
+            }
+        }
+        if (teams > 1) {
+            smem.sums[thread] = sum;
+            named_barrier_sync(kBarrierScore, kScoreThreads);
+            for (int other = 1; works && team == 0 && other < teams; ++other)
+                sum = weighted(sum, smem.sums[thread + other * units * 32], 1.f, 1.f, 1.f, 1.f);
+        }
+        if (works && team == 0)
+            Fragment::store_one(out_row(p, w.request, w.row_block * kRows), valid_rows<kRows>(p, w), owner, j, sum);
     }
+    if (thread == 0)  // the last to leave resets the counters for the next launch
+        if (atomic_add_relaxed(arrived + 1, 1) == static_cast<u32>(slices - 1)) arrived[0] = arrived[1] = 0;
 }

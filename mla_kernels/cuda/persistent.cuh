@@ -5,7 +5,7 @@
 //   3     producer: a warp schedules, one streams tiles, one announces parts, one fetches queries that are not streamed
 //
 // The score warpgroup is a tile or two ahead of the value warpgroups, so that one's softmax runs under the others' WGMMA.
-// A kernel brings its SharedMemory (ring, queue, sums, pending, part_written, init_barriers(), fetch_queries()) and two roles:
+// A kernel brings its SharedMemory (ring, queue, sums, to_merge, part_written, init_barriers(), fetch_queries()) and two roles:
 //   Scores          begin, tiles, end
 //   Values<half>    Fragment, reset, tile, vector, set_vector
 #pragma once
@@ -34,7 +34,7 @@ struct ItemSums {
     }
 };
 
-template <class Scores, class SharedMemory>
+template <int kRows, class Scores, class Fragment, class SharedMemory>
 __device__ __forceinline__ void score_items(const DecodeParams& p, SharedMemory& smem) {
     Scores scores(p, smem);
     for (u32 index = 0;; ++index) {
@@ -46,8 +46,13 @@ __device__ __forceinline__ void score_items(const DecodeParams& p, SharedMemory&
             scores.end(w, smem.sums.n[index % ItemQueue::kSlots]);
         }
         smem.sums.publish(index);
+        if (merges(w) && threadIdx.x % kScoreThreads == 0) smem.to_merge = w;  // it is the last
         smem.queue.release(index);
     }
+    named_barrier_sync(kBarrierScore, kScoreThreads);
+    static_assert(sizeof(MergeMemory<kRows>) <= sizeof(smem.ring.group), "merging takes the place of the tiles");
+    if (smem.to_merge.request >= 0)  // when all parts are there, this CTA's too, its tiles have been read
+        merge_slice<kRows, Fragment>(p, smem.to_merge, *reinterpret_cast<MergeMemory<kRows>*>(smem.ring.group));
 }
 
 template <int kRows, class Values, class SharedMemory>
@@ -74,17 +79,12 @@ __device__ __forceinline__ void value_items(const DecodeParams& p, SharedMemory&
                 write_out<kRows>(p, w, values, weight);
             } else {
                 write_part<kRows>(p, w, values);
-                if (w.parts > kAbsorbedParts && threadIdx.x == 0) smem.pending.item[smem.pending.count++] = w;
                 __syncwarp();
                 if (threadIdx.x % 32 == 0) mbarrier_arrive(&smem.part_written);
             }
         }
         smem.queue.release(index);
     }
-    named_barrier_sync(kBarrierValues, kValueThreads);  // `pending` is complete
-    static_assert(sizeof(MergeMemory<kRows>) <= sizeof(smem.ring.group), "merging takes the place of the tiles");
-    auto& memory = *reinterpret_cast<MergeMemory<kRows>*>(smem.ring.group);  // all boxes have been read
-    for (int i = 0; i < smem.pending.count; ++i) merge_slice<kRows, Fragment>(p, smem.pending.item[i], memory);
 }
 
 // Each role is its own instance under one if/else: otherwise ptxas serializes WGMMA or ignores setmaxnreg.
@@ -96,7 +96,7 @@ __device__ __forceinline__ void run_cta(const DecodeParams& p, SharedMemory& sme
         smem.queue.init_barriers();
         smem.sums.init_barriers();
         smem.init_barriers();
-        smem.pending.count = 0;
+        smem.to_merge.request = -1;
         mbarrier_init(&smem.part_written, kValueThreads / 32);
         fence_barrier_init();
     }
@@ -114,7 +114,7 @@ __device__ __forceinline__ void run_cta(const DecodeParams& p, SharedMemory& sme
     } else if (warpgroup == 2) {
         if (kScoreRegisters >= 128) setmaxnreg_inc<kScoreRegisters>();
         else setmaxnreg_dec<kScoreRegisters>();
-        score_items<Scores>(p, smem);
+        score_items<kRows, Scores, typename Values<0>::Fragment>(p, smem);
     } else if (warpgroup == 0) {
         setmaxnreg_inc<kValueRegisters>();
         value_items<kRows, Values<0>>(p, smem);

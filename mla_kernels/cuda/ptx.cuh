@@ -265,6 +265,12 @@ __device__ __forceinline__ u32 atomic_add_acq_rel(u32* pointer, u32 value) {
     return old;
 }
 
+__device__ __forceinline__ u32 atomic_add_relaxed(u32* pointer, u32 value) {
+    u32 old;
+    asm volatile("atom.add.relaxed.gpu.global.u32 %0, [%1], %2;" : "=r"(old) : "l"(pointer), "r"(value) : "memory");
+    return old;
+}
+
 // 16 bytes by halves: among 128 accumulators ptxas finds no four free registers in a row, and spills.
 __device__ __forceinline__ float4 load_shared(const float4* pointer) {
     float4 v;

@@ -35,23 +35,18 @@ class WorkRange {
    public:
     __device__ explicit WorkRange(const DecodeParams& p) : p_(p) {
         const int lane = threadIdx.x & 31;
-        int first[kKept], total = 0;  // tiles of the first requests, a lane each: one round trip to memory for most batches
-#pragma unroll
-        for (int k = 0; k < kKept; ++k) first[k] = k * 32 + lane < p.b ? tiles(k * 32 + lane) : -kItemUnits;
-#pragma unroll
-        for (int k = 0; k < kKept; ++k) total += units_of(first[k]);
-        for (int i = kKept * 32 + lane; i < p.b; i += 32) total += units_of(tiles(i));
+        int total = 0;
+#pragma unroll 4
+        for (int i = lane; i < p.b; i += 32) total += units_of(tiles(i));
         total = __reduce_add_sync(0xffffffffu, total);
         const int groups = gridDim.x / p.group;
         share_ = (total + groups - 1) / groups;
         position_ = blockIdx.x / p.group * share_;
         end_ = min(position_ + share_, total);
         if (position_ >= end_) return;
-        bool found = false;
-#pragma unroll
-        for (int k = 0; k < kKept; ++k)
-            if (!found) found = find(k * 32, first[k]);
-        for (int base = kKept * 32; !found && base < p.b; base += 32) found = find(base, base + lane < p.b ? tiles(base + lane) : -kItemUnits);
+        bool found = false;  // (short code here: at a launch it is in no cache, but the lengths are by now)
+#pragma unroll 1
+        for (int base = 0; !found && base < p.b; base += 32) found = find(base, base + lane < p.b ? tiles(base + lane) : -kItemUnits);
         row_group_ = (position_ - item_begin_) / (tiles_ + kItemUnits);  // skip those that end before the share
         item_begin_ += row_group_ * (tiles_ + kItemUnits);
     }
@@ -98,7 +93,6 @@ class WorkRange {
 
    private:
     static constexpr int kItemUnits = MLA_ITEM_UNITS;
-    static constexpr int kKept = 4;
     static constexpr u32 kQueryTiles = MLA_ROWS == kTileTokens;  // an item's queries come as a tile of their own
     static_assert(kItemUnits > 0, "an empty request needs a unit to be found by");
 
