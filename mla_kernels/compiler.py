@@ -34,13 +34,14 @@ class ToolMissing(RuntimeError):
 
 @dataclass(frozen=True)
 class KernelConfig:
-    """One cubin: a file of ``cuda/``, its macros, and a readable name unique to that pair."""
+    """One cubin: a file of ``cuda/``, its macros, a readable name unique to that pair; and its launch."""
 
     source: str
     defines: tuple[tuple[str, int], ...]
     name: str
     shared_bytes: int  # dynamic shared memory of the launch
     threads: int  # a block
+    programmatic: bool = True  # may start before the kernel ahead of it in the stream has ended
 
 
 @dataclass(frozen=True)

@@ -12,59 +12,30 @@ from mla_kernels import launch
 from mla_kernels.arguments import HEAD_DIM, HEAD_DIM_V, check_decode_arguments
 from mla_kernels.compiler import KernelConfig
 from mla_kernels.device import HOPPER, STILL_WORKS, DeviceUnavailable, capability
+from mla_kernels.tuning import DecodeTuning, active_table
 
 PAGE_SIZES = (64,)
-_SHARED_BYTES = 227 * 1024  # all that a block may have: the ring takes what is left
-_THREADS = 512  # four warpgroups: values, values, scores, producer
-_SWAPPED_ROWS = (8, 16, 32)  # query rows a CTA of decode_swapped.cu
-_ROWS = 64  # and of decode_rows.cu
+BLOCKS = ("stream", "mma", "skeleton")
 
 # Tensor cores truncate: a score summed in chains of two boxes (bf16) comes out 8.5e-8 of itself too small on
 # average, in chains of one (fp16) 4.2e-8 (LSE of 45, H200). A little more than that makes the worst row best
 # (cuda/softmax.cuh, tests/test_truncation.py).
 _TRUNCATION = {torch.bfloat16: 1.1e-7, torch.float16: 7e-8}
 
-_WORK = {"decode": 0, "stream": 1, "mma": 2, "skeleton": 3}  # enum class Work of cuda/producer.cuh
-BLOCKS = ("stream", "mma", "skeleton")
-_ITEM_UNITS = {"decode_swapped.cu": 1, "decode_rows.cu": 3}  # fixed cost of an item, in tiles
 
-
-# By rows: slots of the ring, registers of a value and a score thread, steps of QK^T whose queries stay in registers.
-_LAYOUT_FIELDS = (
-    "GROUP_SLOTS",
-    "ROTARY_SLOTS",
-    "VALUE_REGISTERS",
-    "SCORE_REGISTERS",
-    "REGISTER_STEPS",
-    "PRODUCER_REGISTERS",
-    "AHEAD_BOXES",
-)
-_LAYOUT = {
-    8: (6, 2, 136, 208, 0, 32, 0),
-    16: (5, 4, 136, 208, 0, 32, 0),
-    32: (5, 3, 136, 208, 0, 32, 0),
-    64: (5, 3, 160, 160, 16, 32, 2),
-}
+# What a launch looks up by what it has at hand; the answers come from tuning.active_table().
+@functools.cache
+def _config(dtype: torch.dtype, rows: int, work: str) -> KernelConfig:
+    return active_table().of_rows(rows).kernel_config(_element(dtype), work)
 
 
 @functools.cache
-def _config(dtype: torch.dtype, rows: int, work: str) -> KernelConfig:
-    source = "decode_rows.cu" if rows == _ROWS else "decode_swapped.cu"
-    element = "bf16" if dtype == torch.bfloat16 else "fp16"
-    defines = (
-        ("MLA_BF16", int(element == "bf16")),
-        ("MLA_ROWS", rows),
-        ("MLA_PAGE_SIZE", 64),
-        ("MLA_ITEM_UNITS", _ITEM_UNITS[source]),
-        *((f"MLA_{name}", value) for name, value in zip(_LAYOUT_FIELDS, _LAYOUT[rows], strict=True)),
-        ("MLA_WORK", _WORK[work]),
-    )
-    name = f"{source.removesuffix('.cu')}-{element}-{rows}" + ("" if work == "decode" else f"-{work}")
-    return KernelConfig(source, defines, name, _SHARED_BYTES, _THREADS)
-
-
 def _rows_for(query_rows: int) -> int:
-    return next((rows for rows in _SWAPPED_ROWS if query_rows <= rows), _ROWS)
+    return active_table().serving(query_rows).rows
+
+
+def _element(dtype: torch.dtype) -> str:
+    return "bf16" if dtype == torch.bfloat16 else "fp16"
 
 
 def kernel_config(dtype: torch.dtype, query_rows: int, work: str = "decode") -> KernelConfig:
@@ -77,11 +48,8 @@ def kernel_config(dtype: torch.dtype, query_rows: int, work: str = "decode") -> 
 
 def shipped_configs() -> list[KernelConfig]:
     """Every instance that the operators can launch."""
-    return [
-        _config(dtype, rows, "decode")
-        for dtype in (torch.bfloat16, torch.float16)
-        for rows in (*_SWAPPED_ROWS, _ROWS)
-    ]
+    variants = [tuning for _, tuning in active_table().entries]
+    return [tuning.kernel_config(element) for element in ("bf16", "fp16") for tuning in variants]
 
 
 @functools.cache
@@ -148,8 +116,30 @@ def mla_decode(
         out = torch.empty((b, s_q, h_q, HEAD_DIM_V), dtype=q.dtype, device=q.device)
     lse = torch.empty((b, h_q, s_q), dtype=torch.float32, device=q.device)
     if b:
-        _launch(q, kv_cache, block_table, cache_seqlens, scale, causal, out, lse, "decode")
+        config = kernel_config(q.dtype, s_q * h_q)
+        _launch(config, q, kv_cache, block_table, cache_seqlens, scale, causal, out, lse)
     return (out, lse) if return_lse else out
+
+
+def decode_tuned(
+    tuning: DecodeTuning,
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    *,
+    causal: bool = False,
+    out: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``mla_decode`` by the kernel that ``tuning`` says, whatever the table would choose: for the tuner."""
+    check_decode_arguments(q, kv_cache, block_table, cache_seqlens, out=out)
+    _check_cuda(q)
+    _check_native(q, kv_cache, out)
+    b, s_q, h_q, _ = q.shape
+    lse = torch.empty((b, h_q, s_q), dtype=torch.float32, device=q.device)
+    config = tuning.kernel_config(_element(q.dtype))
+    _launch(config, q, kv_cache, block_table, cache_seqlens, HEAD_DIM**-0.5, causal, out, lse)
+    return out, lse
 
 
 def decode_block(
@@ -172,13 +162,13 @@ def decode_block(
     b, s_q, h_q, _ = q.shape
     out = torch.empty((b, s_q, h_q, HEAD_DIM_V), dtype=q.dtype, device=q.device)
     lse = torch.empty((b, h_q, s_q), dtype=torch.float32, device=q.device)
-    _launch(q, kv_cache, block_table, cache_seqlens, HEAD_DIM**-0.5, False, out, lse, work)
+    config = kernel_config(q.dtype, s_q * h_q, work)
+    _launch(config, q, kv_cache, block_table, cache_seqlens, HEAD_DIM**-0.5, False, out, lse)
 
 
-def _launch(q, kv_cache, block_table, cache_seqlens, scale, causal, out, lse, work) -> None:
+def _launch(config, q, kv_cache, block_table, cache_seqlens, scale, causal, out, lse) -> None:
     device = q.device.index
     b, s_q, h_q, _ = q.shape
-    config = kernel_config(q.dtype, s_q * h_q, work)
     kernel = launch.load(config, "mla_decode", device, persistent=True)
     rows = dict(config.defines)["MLA_ROWS"]
     row_blocks = -(-s_q * h_q // rows)

@@ -101,7 +101,9 @@ class LoadedKernel:
             if compiled.config.shared_bytes:
                 raw.max_dynamic_shared_size_bytes = compiled.config.shared_bytes
             self._function = ctypes.c_void_p(raw.kernel.ptr)
-        self._attributes = (_LaunchAttribute * len(attributes))(*(_LaunchAttribute(id=i, value=1) for i in attributes))
+        self._attributes = (_LaunchAttribute * len(attributes))(
+            *(_LaunchAttribute(id=i, value=1) for i in attributes)
+        )
         self._config = _LaunchConfig(shared_bytes=compiled.config.shared_bytes)
         self._config.block[:] = (compiled.config.threads, 1, 1)
         self._config.attributes = self._attributes
@@ -128,8 +130,8 @@ _loading = threading.Lock()
 def load(config: KernelConfig, entry: str, device: int, *, persistent: bool) -> LoadedKernel:
     """The kernel of ``config`` on ``device``, compiled and loaded at the first call.
 
-    ``persistent``: all its CTAs are resident at once (cooperative launch), and it may start before the kernel
-    ahead of it in the stream has ended (programmatic dependent launch): it waits for that end by itself.
+    ``persistent``: all its CTAs are resident at once (cooperative launch), and where ``config.programmatic``
+    it may start before the kernel ahead of it in the stream has ended: it waits for that end by itself.
     """
     key = (config, device)
     kernel = _loaded.get(key)
@@ -137,7 +139,10 @@ def load(config: KernelConfig, entry: str, device: int, *, persistent: bool) -> 
         with _loading:
             kernel = _loaded.get(key)
             if kernel is None:
-                kernel = _loaded[key] = LoadedKernel(compile_kernel(config), entry, device, _PERSISTENT if persistent else ())
+                attributes = _PERSISTENT if persistent else ()
+                if not config.programmatic:
+                    attributes = tuple(a for a in attributes if a != _CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC)
+                kernel = _loaded[key] = LoadedKernel(compile_kernel(config), entry, device, attributes)
     return kernel
 
 

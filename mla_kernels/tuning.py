@@ -1,0 +1,318 @@
+"""Every choice of the decode kernels: how each variant is built, and which serves how many query rows.
+
+``SHIPPED`` is the table for an H200. ``MLA_KERNELS_TUNING`` names a record of the tuner (a JSON file that
+``python -m mla_kernels.measure tune`` wrote on the GPU at hand) whose table is used instead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+from .compiler import KernelConfig
+
+VARIABLE = "MLA_KERNELS_TUNING"
+REMEDY = f"tune again with `python -m mla_kernels.measure tune`, or unset {VARIABLE}"
+ROWS = (8, 16, 32, 64)  # query rows a CTA: decode_swapped.cu, the last decode_rows.cu
+WORK = {"decode": 0, "stream": 1, "mma": 2, "skeleton": 3}  # enum class Work of cuda/producer.cuh
+
+# cuda/layout.cuh
+BOX_BYTES, BOXES, GROUP_BOXES, GROUPS, STEPS_PER_BOX = 8192, 9, 4, 2, 4
+WARPGROUP, WARPGROUPS = 128, 4  # values, values, scores, producer
+SHARED_LIMIT = 227 * 1024  # bytes that a block may have
+REGISTER_LIMIT = 65536 // WARPGROUP  # of a thread of each warpgroup, added up
+LEAST_REGISTERS, MOST_REGISTERS = 24, 240
+ENTRY_REGISTERS = (
+    REGISTER_LIMIT // WARPGROUPS
+)  # a thread at launch; values ask for more, the producer for less
+
+
+class TuningError(ValueError):
+    """A tuning that no kernel can have, or no table; says the value, the limit and the remedy."""
+
+
+@dataclass(frozen=True)
+class DecodeTuning:
+    """One variant of the decode kernel. Raises TuningError for values with which it would not run.
+
+    Args:
+        rows: query rows a CTA; 64 is ``decode_rows.cu``, fewer ``decode_swapped.cu``.
+        group_slots: groups of four boxes (64 tokens x 256 columns) that the ring of tiles holds.
+        rotary_slots: boxes of rotary columns in it, which P takes the place of.
+        value_registers, score_registers, producer_registers: of a thread of those warpgroups.
+        item_units: what an item costs besides its tiles, in tiles, for the schedule.
+        register_steps: 64 rows: of the 36 steps of QK^T those whose queries stay in registers.
+        ahead_boxes: 64 rows: boxes of a tile that are multiplied under the softmax of the tile before.
+        programmatic: start before the kernel ahead in the stream has ended (it waits by itself).
+    """
+
+    rows: int
+    group_slots: int
+    rotary_slots: int
+    value_registers: int
+    score_registers: int
+    producer_registers: int = 32
+    item_units: int = 1
+    register_steps: int = 0
+    ahead_boxes: int = 0
+    programmatic: bool = True
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, wanted = getattr(self, field.name), bool if field.type == "bool" else int
+            if type(value) is not wanted:
+                raise TuningError(f"{field.name} is {value!r}, must be of type {wanted.__name__}: correct it")
+        _require(self.rows in ROWS, "rows", self.rows, f"one of {', '.join(map(str, ROWS))}", "choose one")
+        _require(
+            self.item_units >= 1, "item_units", self.item_units, "at least 1", "empty requests need a unit"
+        )
+        self._check_registers()
+        self._check_ring()
+        if self.shared_bytes > SHARED_LIMIT:
+            parts = ", ".join(f"{name} {size:,}" for name, size in self.shared_plan())
+            raise TuningError(
+                f"shared memory is {self.shared_bytes:,} bytes ({parts}), must be at most {SHARED_LIMIT:,}: "
+                "take fewer group_slots or rotary_slots"
+                + (", or more register_steps" if self.rows == 64 else "")
+            )
+
+    def _check_registers(self) -> None:
+        for name, least, most in (
+            ("value_registers", ENTRY_REGISTERS, MOST_REGISTERS),
+            ("score_registers", LEAST_REGISTERS, MOST_REGISTERS),
+            ("producer_registers", LEAST_REGISTERS, ENTRY_REGISTERS),
+        ):
+            value = getattr(self, name)
+            fits = value % 8 == 0 and least <= value <= most
+            _require(fits, name, value, f"a multiple of 8 in [{least}, {most}]", "setmaxnreg takes no other")
+        total = 2 * self.value_registers + self.score_registers + self.producer_registers
+        _require(
+            total <= REGISTER_LIMIT,
+            "2 value_registers + score_registers + producer_registers",
+            total,
+            f"at most {REGISTER_LIMIT}, what a block of {self.threads} threads may have",
+            "take from one of them",
+        )
+
+    def _check_ring(self) -> None:
+        # 64 rows: an absorbed part's sums come two tiles apart, and must not wait for each other's place
+        # (PartPieces of cuda/merge.cuh).
+        least = 3 if self.rows == 64 else 2
+        _require(
+            self.rotary_slots >= least,
+            "rotary_slots",
+            self.rotary_slots,
+            f"at least {least}",
+            "else it hangs",
+        )
+        if self.rows != 64:
+            for name in ("register_steps", "ahead_boxes"):
+                value = getattr(self, name)
+                _require(
+                    value == 0, name, value, f"0 for {self.rows} rows", "decode_swapped.cu does not read it"
+                )
+        else:
+            most = BOXES * STEPS_PER_BOX - 1
+            fits = 1 <= self.register_steps <= most
+            _require(fits, "register_steps", self.register_steps, f"in [1, {most}]", "some in either memory")
+            fits = 1 <= self.ahead_boxes < BOXES
+            _require(
+                fits, "ahead_boxes", self.ahead_boxes, f"in [1, {BOXES - 1}]", "two chains need two parts"
+            )
+        # A tile, and of the next one what is multiplied before this one is given back.
+        least = GROUPS + max(1, -(-self.ahead_boxes // GROUP_BOXES))
+        _require(
+            self.group_slots >= least,
+            "group_slots",
+            self.group_slots,
+            f"at least {least}, a tile and what comes after it",
+            "take more, or fewer ahead_boxes",
+        )
+
+    @property
+    def threads(self) -> int:
+        """Of a block."""
+        return WARPGROUP * WARPGROUPS
+
+    @property
+    def query_boxes(self) -> int:
+        """Boxes of queries that are kept in shared memory."""
+        return BOXES - self.register_steps // STEPS_PER_BOX
+
+    @property
+    def shared_bytes(self) -> int:
+        """What ``SharedMemory`` of the kernel takes; a launch asks for all there is."""
+        return sum(size for _, size in self.shared_plan())
+
+    def shared_plan(self) -> tuple[tuple[str, int], ...]:
+        """(what, bytes) of ``SharedMemory`` in cuda/decode_*.cu, padding with the last."""
+        values = self.group_slots * GROUP_BOXES * BOX_BYTES
+        rotary = self.rotary_slots * BOX_BYTES
+        barriers = 8 * (self.group_slots * (GROUP_BOXES + 1) + 3 * self.rotary_slots)
+        queries = self.query_boxes * self.rows * 128
+        end = values + rotary + barriers + queries
+        if self.rows != 64:  # the queries have barriers, and stand at a multiple of 1,024
+            end = _up(values + rotary + barriers, 1024) + queries + 16
+        sums = _up(3 * self.rows * 4 + self.rows * _PART_WEIGHTS, 8) + 3 * 8
+        moved = self.rotary_slots * self.rows * 4 + self.rotary_slots * (16 if self.rows == 64 else 4)
+        across_warps = 0 if self.rows == 64 else 4 * self.rows * 4
+        queue = _up(3 * _WORK_ITEM, 8) + 6 * 8
+        end = end + sums + moved + across_warps
+        end = _up(end, 8) + (0 if self.rows == 64 else 4 * self.rows * 8)
+        end = _up(end + queue + _WORK_ITEM, 8) + 8
+        end = _up(end, 8 if self.rows == 64 else 1024)
+        rest = end - values - rotary - queries
+        return (
+            ("values", values),
+            ("rotary columns, then P", rotary),
+            ("queries", queries),
+            ("the rest", rest),
+        )
+
+    def kernel_config(self, element: Literal["bf16", "fp16"], work: str = "decode") -> KernelConfig:
+        """The cubin, and how it is launched. ``work`` other than "decode" is a building block."""
+        source = "decode_rows.cu" if self.rows == 64 else "decode_swapped.cu"
+        defines = (
+            ("MLA_BF16", int(element == "bf16")),
+            ("MLA_ROWS", self.rows),
+            ("MLA_PAGE_SIZE", 64),
+            ("MLA_ITEM_UNITS", self.item_units),
+            ("MLA_GROUP_SLOTS", self.group_slots),
+            ("MLA_ROTARY_SLOTS", self.rotary_slots),
+            ("MLA_VALUE_REGISTERS", self.value_registers),
+            ("MLA_SCORE_REGISTERS", self.score_registers),
+            ("MLA_REGISTER_STEPS", self.register_steps),
+            ("MLA_PRODUCER_REGISTERS", self.producer_registers),
+            ("MLA_AHEAD_BOXES", self.ahead_boxes),
+            ("MLA_WORK", WORK[work]),
+        )
+        name = f"{source.removesuffix('.cu')}-{element}-{self.rows}" + (
+            "" if work == "decode" else f"-{work}"
+        )
+        if compiled := dataclasses.replace(self, programmatic=True).changes():
+            name += "+" + compiled.replace(",", "+")
+        return KernelConfig(source, defines, name, SHARED_LIMIT, self.threads, self.programmatic)
+
+    def changes(self) -> str:
+        """What differs from the shipped variant of these rows: "ahead_boxes=1,group_slots=4", or nothing."""
+        shipped = SHIPPED.of_rows(self.rows)
+        return ",".join(
+            f"{field.name}={getattr(self, field.name):d}"
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != getattr(shipped, field.name)
+        )
+
+    @classmethod
+    def parse(cls, text: str) -> DecodeTuning:
+        """The shipped variant of some rows with changes: "rows=64" or "rows=64,ahead_boxes=1".
+
+        Raises TuningError for text of another form and for what does not fit.
+        """
+        kinds = {field.name: bool if field.type == "bool" else int for field in dataclasses.fields(cls)}
+        changes = {}
+        for part in text.split(","):
+            name, equals, value = part.partition("=")
+            if name not in kinds or not equals or not value.isdecimal() or name in changes:
+                raise TuningError(
+                    f"tuning {text!r}: {part!r} is none of {', '.join(kinds)} = a number: correct it"
+                )
+            changes[name] = kinds[name](int(value))
+        rows = changes.get("rows")
+        _require(rows in ROWS, f"rows of {text!r}", rows, f"one of {', '.join(map(str, ROWS))}", "name them")
+        return dataclasses.replace(SHIPPED.of_rows(rows), **changes)
+
+
+# sizeof of what cuda/merge.cuh and cuda/schedule.cuh keep in shared memory (tests/test_tuning.py compares).
+_PART_WEIGHTS, _WORK_ITEM = 12, 44
+
+
+def _up(size: int, alignment: int) -> int:
+    return -(-size // alignment) * alignment
+
+
+def _require(condition: bool, name: str, value: object, limit: str, remedy: str) -> None:
+    if not condition:
+        raise TuningError(f"{name} is {value}, must be {limit}: {remedy}")
+
+
+@dataclass(frozen=True)
+class TuningTable:
+    """Which variant serves how many query rows: (most rows, or None for any number; variant), ascending."""
+
+    entries: tuple[tuple[int | None, DecodeTuning], ...]
+
+    def __post_init__(self) -> None:
+        limits = [limit for limit, _ in self.entries]
+        rows = [tuning.rows for _, tuning in self.entries]
+        bounded = limits[:-1]
+        ascending = all(type(x) is int and x > 0 for x in bounded) and bounded == sorted(set(bounded))
+        if not limits or limits[-1] is not None or not ascending:
+            raise TuningError(
+                f"limits of a table are {limits}, must ascend and end in None: order the entries"
+            )
+        if rows != sorted(set(rows)):
+            raise TuningError(f"rows of a table are {rows}, must ascend: let each variant serve one range")
+
+    def of_rows(self, rows: int) -> DecodeTuning:
+        """The variant with so many rows a CTA. Raises KeyError where the table has none."""
+        return {tuning.rows: tuning for _, tuning in self.entries}[rows]
+
+    def serving(self, query_rows: int) -> DecodeTuning:
+        """The variant for s_q * h_q rows a sequence."""
+        return next(tuning for limit, tuning in self.entries if limit is None or query_rows <= limit)
+
+    def to_json(self) -> list[dict]:
+        """As a record keeps it."""
+        return [{"up_to": limit, **dataclasses.asdict(tuning)} for limit, tuning in self.entries]
+
+    @classmethod
+    def from_json(cls, entries: list[dict]) -> TuningTable:
+        """Raises TuningError for what is no table."""
+        try:
+            split = [(entry["up_to"], {k: v for k, v in entry.items() if k != "up_to"}) for entry in entries]
+            return cls(tuple((limit, DecodeTuning(**fields)) for limit, fields in split))
+        except (TypeError, KeyError, AttributeError) as error:
+            raise TuningError(
+                f"entry of a table: {type(error).__name__}: {error}: name every field"
+            ) from None
+
+
+# 128 accumulators of a value thread of 64 rows begin at R24, which makes 154; the scores get what is left.
+SHIPPED = TuningTable(
+    (
+        (8, DecodeTuning(8, 6, 2, value_registers=136, score_registers=208)),
+        (16, DecodeTuning(16, 5, 4, value_registers=136, score_registers=208)),
+        (32, DecodeTuning(32, 5, 3, value_registers=136, score_registers=208)),
+        (
+            None,
+            DecodeTuning(64, 5, 3, 160, 160, item_units=3, register_steps=16, ahead_boxes=2),
+        ),
+    )
+)
+
+
+def load_table(path: str | os.PathLike) -> TuningTable:
+    """The table of a tuner's record. Raises TuningError, naming file and remedy, where it has none."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            record = json.load(file)
+        entries = record["tuning"] if isinstance(record, dict) else None
+    except (OSError, ValueError, KeyError) as error:
+        raise TuningError(f"{path}: {type(error).__name__}: {error}; {REMEDY}") from None
+    if not isinstance(entries, list):
+        raise TuningError(f"{path}: tuning: holds no table; {REMEDY}")
+    try:
+        return TuningTable.from_json(entries)
+    except TuningError as error:
+        raise TuningError(f"{path}: tuning: {error}; {REMEDY}") from None
+
+
+@functools.cache
+def active_table() -> TuningTable:
+    """The table in use, read once a process: the record's that ``MLA_KERNELS_TUNING`` names, or shipped."""
+    path = os.environ.get(VARIABLE)
+    return load_table(path) if path else SHIPPED

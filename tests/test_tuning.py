@@ -1,0 +1,234 @@
+"""The kernels' configuration: what cannot run is refused with its limit, the table serves every call."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mla_kernels import compiler, decode, tuning
+from mla_kernels.tuning import ROWS, SHIPPED, DecodeTuning, TuningError, TuningTable
+
+OF_64 = SHIPPED.of_rows(64)
+
+
+def replaced(of_rows=64, **changes):
+    return dataclasses.replace(SHIPPED.of_rows(of_rows), **changes)
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "message"),
+    [
+        (64, {"rows": 48}, r"rows is 48, must be one of 8, 16, 32, 64"),
+        (64, {"score_registers": 164}, r"score_registers is 164, must be a multiple of 8 in \[24, 240\]"),
+        (64, {"score_registers": 248}, r"score_registers is 248"),
+        (64, {"value_registers": 120}, r"value_registers is 120, must be a multiple of 8 in \[128, 240\]"),
+        (64, {"producer_registers": 16}, r"producer_registers is 16, must be a multiple of 8 in \[24, 128\]"),
+        (64, {"score_registers": 168}, r"is 520, must be at most 512, .* 512 threads .*: take from one"),
+        (
+            64,
+            {"register_steps": 12},
+            r"shared memory is 24\d,\d{3} bytes .* at most 232,448: take fewer group",
+        ),
+        (64, {"group_slots": 6}, r"shared memory is"),
+        (8, {"group_slots": 7}, r"shared memory is"),
+        (64, {"rotary_slots": 2}, r"rotary_slots is 2, must be at least 3"),
+        (16, {"rotary_slots": 1}, r"rotary_slots is 1, must be at least 2"),
+        (64, {"group_slots": 2}, r"group_slots is 2, must be at least 3"),
+        (64, {"group_slots": 3, "ahead_boxes": 5}, r"group_slots is 3, must be at least 4"),
+        (64, {"ahead_boxes": 0}, r"ahead_boxes is 0, must be in \[1, 8\]"),
+        (64, {"ahead_boxes": 9}, r"ahead_boxes is 9"),
+        (64, {"register_steps": 36}, r"register_steps is 36, must be in \[1, 35\]"),
+        (32, {"ahead_boxes": 1}, r"ahead_boxes is 1, must be 0 for 32 rows"),
+        (64, {"item_units": 0}, r"item_units is 0, must be at least 1"),
+        (64, {"ahead_boxes": 2.0}, r"ahead_boxes is 2\.0, must be of type int"),
+        (64, {"programmatic": 1}, r"programmatic is 1, must be of type bool"),
+    ],
+)
+def test_what_cannot_run_is_refused(rows, changes, message):
+    with pytest.raises(TuningError, match=message):
+        replaced(rows, **changes)
+
+
+values = st.fixed_dictionaries(
+    {
+        "rows": st.sampled_from([*ROWS, 24]),
+        "group_slots": st.integers(0, 8),
+        "rotary_slots": st.integers(0, 6),
+        "value_registers": st.integers(14, 32).map(lambda n: 8 * n) | st.integers(0, 300),
+        "score_registers": st.integers(2, 32).map(lambda n: 8 * n) | st.integers(0, 300),
+        "producer_registers": st.integers(2, 17).map(lambda n: 8 * n) | st.integers(0, 300),
+        "item_units": st.integers(-1, 9),
+        "register_steps": st.integers(-1, 40),
+        "ahead_boxes": st.integers(-1, 10),
+        "programmatic": st.booleans(),
+    }
+)
+
+
+@given(values)
+def test_a_tuning_is_within_every_limit_or_refused_in_words(fields):
+    try:
+        made = DecodeTuning(**fields)
+    except TuningError as error:
+        assert "must be" in str(error) and ": " in str(error)
+        return
+    registers = (made.value_registers, made.value_registers, made.score_registers, made.producer_registers)
+    assert all(r % 8 == 0 and 24 <= r <= 240 for r in registers)
+    assert sum(registers) * 128 <= 65536 and made.value_registers >= 128 >= made.producer_registers
+    assert sum(size for _, size in made.shared_plan()) == made.shared_bytes <= 227 * 1024
+    assert all(size > 0 for _, size in made.shared_plan())
+    assert made.group_slots >= 3 and made.rotary_slots >= 2 and made.item_units >= 1
+    assert DecodeTuning.parse(",".join(filter(None, (f"rows={made.rows}", made.changes())))) == made
+
+
+@given(values, st.sampled_from(["group_slots", "rotary_slots"]))
+def test_more_slots_take_more_memory(fields, name):
+    try:
+        less = DecodeTuning(**fields)
+        more = dataclasses.replace(less, **{name: getattr(less, name) + 1})
+    except TuningError:
+        return
+    assert more.shared_bytes >= less.shared_bytes + tuning.BOX_BYTES
+
+
+@pytest.mark.parametrize("changes", [{}, {"rotary_slots": 4, "group_slots": 4}], ids=["shipped", "other"])
+@pytest.mark.parametrize("rows", ROWS)
+def test_the_plan_of_shared_memory_is_the_kernels(rows, changes):
+    """The compiler's sizeof(SharedMemory), which it names in an error, is what the plan adds up to."""
+    from cuda.bindings import nvrtc
+
+    made = replaced(rows, **changes)
+    config = made.kernel_config("bf16")
+    code = f'#include "{config.source}"\ntemplate <int> struct Is;\nIs<sizeof(SharedMemory)> is;\n'
+    options = [*compiler.compile_options(config), f"-I{compiler.CUDA_DIR}"]
+    _, program = nvrtc.nvrtcCreateProgram(code.encode(), b"size.cu", 0, [], [])
+    nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+    log = b" " * nvrtc.nvrtcGetProgramLogSize(program)[1]
+    nvrtc.nvrtcGetProgramLog(program, log)
+    sizes = set(re.findall(r"Is<(\d+)", log.decode()))
+    assert sizes == {str(made.shared_bytes)}, f"tuning.shared_plan is not SharedMemory: {log.decode()[:600]}"
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_macros_name_every_choice_that_a_cubin_has(rows):
+    made = SHIPPED.of_rows(rows)
+    macros = dict(made.kernel_config("bf16").defines)
+    for field in dataclasses.fields(DecodeTuning):
+        if field.name != "programmatic":
+            assert macros[f"MLA_{field.name.upper()}"] == getattr(made, field.name)
+
+
+def test_names_of_cubins_tell_variants_apart():
+    variants = [OF_64, replaced(ahead_boxes=1), replaced(ahead_boxes=1, item_units=1), SHIPPED.of_rows(8)]
+    names = {v.kernel_config(e, w).name for v in variants for e in ("bf16", "fp16") for w in tuning.WORK}
+    assert len(names) == len(variants) * 2 * 4
+    assert OF_64.kernel_config("bf16").name == "decode_rows-bf16-64"
+    assert variants[1].kernel_config("fp16", "mma").name == "decode_rows-fp16-64-mma+ahead_boxes=1"
+
+
+def test_programmatic_launch_is_the_same_cubin_launched_otherwise():
+    plain, other = (replaced(programmatic=p).kernel_config("bf16") for p in (True, False))
+    assert dataclasses.replace(other, programmatic=True) == plain != other
+
+
+def test_a_name_says_what_changed():
+    made = replaced(ahead_boxes=1, programmatic=False)
+    assert made.changes() == "ahead_boxes=1,programmatic=0"
+    assert DecodeTuning.parse("rows=64,ahead_boxes=1,programmatic=0") == made
+    assert OF_64.changes() == "" and DecodeTuning.parse("rows=64") == OF_64
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "rows", "ahead_boxes=1", "rows=64,boxes=1", "rows=64,ahead_boxes=x", "rows=64,rows=8", "rows=7"],
+)
+def test_a_wrong_name_is_refused(text):
+    with pytest.raises(TuningError):
+        DecodeTuning.parse(text)
+
+
+@given(st.integers(1, 2000))
+def test_the_shipped_table_serves_every_call(query_rows):
+    expected = next((rows for rows in ROWS if query_rows <= rows), 64)
+    assert SHIPPED.serving(query_rows).rows == expected
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        (),
+        ((64, OF_64),),
+        ((None, OF_64), (None, OF_64)),
+        ((8, OF_64), (None, SHIPPED.of_rows(8))),
+        ((32, SHIPPED.of_rows(8)), (16, SHIPPED.of_rows(16)), (None, OF_64)),
+        ((8, OF_64), (None, OF_64)),
+        ((0, SHIPPED.of_rows(8)), (None, OF_64)),
+    ],
+)
+def test_a_table_that_leaves_calls_open_is_refused(entries):
+    with pytest.raises(TuningError):
+        TuningTable(entries)
+
+
+def test_a_table_survives_json():
+    assert TuningTable.from_json(json.loads(json.dumps(SHIPPED.to_json()))) == SHIPPED
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (None, "FileNotFoundError"),
+        ("{", "JSONDecodeError"),
+        ("[]", "holds no table"),
+        ("{}", "KeyError: 'tuning'"),
+        ('{"tuning": null}', "holds no table"),
+        ('{"tuning": [{"up_to": null}]}', "name every field"),
+        ('{"tuning": [{"rows": 8}]}', "up_to"),
+        ('{"tuning": [1]}', "name every field"),
+        ('{"tuning": []}', "must ascend"),
+    ],
+)
+def test_a_file_without_a_table_names_itself_and_the_remedy(tmp_path, content, found):
+    path = tmp_path / "tuning.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(TuningError) as caught:
+        tuning.load_table(path)
+    text = str(caught.value)
+    assert text.startswith(f"{path}: ") and found in text and "unset MLA_KERNELS_TUNING" in text
+
+
+@pytest.fixture
+def table_of(monkeypatch, tmp_path):
+    """Makes a table the one that ``MLA_KERNELS_TUNING`` names."""
+    cached = (tuning.active_table, decode._config, decode._rows_for)
+
+    def use(table):
+        path = tmp_path / "tuning.json"
+        path.write_text(json.dumps({"tuning": table.to_json()}))
+        monkeypatch.setenv(tuning.VARIABLE, str(path))
+        for function in cached:
+            function.cache_clear()
+
+    yield use
+    monkeypatch.undo()
+    for function in cached:
+        function.cache_clear()
+
+
+def test_a_users_table_decides_what_is_launched(table_of):
+    import torch
+
+    table_of(TuningTable(((20, SHIPPED.of_rows(16)), (None, replaced(ahead_boxes=1)))))
+    assert decode.kernel_config(torch.bfloat16, 20).name == "decode_swapped-bf16-16"
+    assert decode.kernel_config(torch.float16, 21).name == "decode_rows-fp16-64+ahead_boxes=1"
+    assert len(decode.shipped_configs()) == 4
+
+
+def test_without_one_the_shipped_table_is_used(monkeypatch):
+    monkeypatch.delenv(tuning.VARIABLE, raising=False)
+    tuning.active_table.cache_clear()
+    assert tuning.active_table() is SHIPPED
