@@ -6,6 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from mla_kernels.tuning import VARIABLE
+
+from . import candidates
 from .experiments import EXPERIMENTS
 from .freshness import problems, record_files
 from .provenance import DATA, ROOT, UnknownCommit, data_folder, gpu_folder
@@ -14,8 +17,21 @@ from .records import Record, RecordError, load_record, save_record
 UNFINISHED = ".unfinished"  # ending of a record in the making; a whole one ends in .json
 
 
+class _Stopped(Exception):
+    """Nothing more is measured; the exit status."""
+
+
 def record(arguments: argparse.Namespace) -> int:
     """Measure experiments and write each one's record as it ends."""
+    try:
+        for name in arguments.experiment or EXPERIMENTS:
+            _record(name, arguments)
+    except _Stopped as stopped:
+        return stopped.args[0]
+    return 0
+
+
+def _record(name: str, arguments: argparse.Namespace) -> tuple[Record, Path]:
     from mla_kernels.device import DeviceUnavailable
 
     def place(result: Record) -> Path:
@@ -30,28 +46,37 @@ def record(arguments: argparse.Namespace) -> int:
         unfinished[:] = [path.with_name(path.name + UNFINISHED)]
         save_record(result, unfinished[0])
 
-    for name in arguments.experiment or EXPERIMENTS:
-        unfinished.clear()
-        try:
-            result = EXPERIMENTS[name].run(
-                arguments.scope,
-                lambda line: print(line, file=sys.stderr, flush=True),
-                limit_seconds=arguments.limit_seconds,
-                keep=keep,
-            )
-        except (DeviceUnavailable, UnknownCommit) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-        except KeyboardInterrupt:
-            print(f"interrupted: the record of {name} is as it was", file=sys.stderr)
-            for path in unfinished:
-                print(f"what was measured until then is in {path}", file=sys.stderr)
-            return 130
-        path = place(result)
-        save_record(result, path)
-        path.with_name(path.name + UNFINISHED).unlink(missing_ok=True)
-        failed = [point for point in result.points if point.status == "failed"]
-        print(f"{path}: {len(result.points)} points, {len(failed)} failed")
+    try:
+        result = EXPERIMENTS[name].run(
+            arguments.scope,
+            lambda line: print(line, file=sys.stderr, flush=True),
+            limit_seconds=arguments.limit_seconds,
+            keep=keep,
+        )
+    except (DeviceUnavailable, UnknownCommit) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise _Stopped(1) from error
+    except KeyboardInterrupt:
+        print(f"interrupted: the record of {name} is as it was", file=sys.stderr)
+        for path in unfinished:
+            print(f"what was measured until then is in {path}", file=sys.stderr)
+        raise _Stopped(130) from None
+    path = place(result)
+    save_record(result, path)
+    path.with_name(path.name + UNFINISHED).unlink(missing_ok=True)
+    failed = [point for point in result.points if point.status == "failed"]
+    print(f"{path}: {len(result.points)} points, {len(failed)} failed")
+    return result, path
+
+
+def tune(arguments: argparse.Namespace) -> int:
+    """Measure variants of the kernels, write the record with the best table for this GPU, and print it."""
+    try:
+        result, path = _record("tuning", arguments)
+    except _Stopped as stopped:
+        return stopped.args[0]
+    print("\n".join(candidates.summary(result)))
+    print(f"to use this table: export {VARIABLE}={path}")
     return 0
 
 
@@ -88,25 +113,39 @@ def check(arguments: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m mla_kernels.measure", description="Measure, list, check."
+        prog="python -m mla_kernels.measure", description="Measure, tune, list, check."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    command = commands.add_parser("record", help="measure on this machine's GPU", description=record.__doc__)
-    command.add_argument(
-        "experiment", nargs="*", metavar="EXPERIMENT", help=f"of {', '.join(EXPERIMENTS)}; all"
-    )
-    command.add_argument(
+    measuring = argparse.ArgumentParser(add_help=False)
+    measuring.add_argument(
         "--out", type=Path, metavar="DIR", help="default: data/<gpu>; live: build/records/<gpu>"
     )
-    command.add_argument("--scope", choices=("full", "live"), default="full", help="live: what notebooks run")
-    command.add_argument(
+    measuring.add_argument(
+        "--scope", choices=("full", "live"), default="full", help="live: what notebooks run"
+    )
+    measuring.add_argument(
         "--limit-seconds",
         type=float,
         metavar="N",
         help="leave out what would begin later; the record says so",
     )
+
+    command = commands.add_parser(
+        "record", help="measure on this machine's GPU", description=record.__doc__, parents=[measuring]
+    )
+    command.add_argument(
+        "experiment", nargs="*", metavar="EXPERIMENT", help=f"of {', '.join(EXPERIMENTS)}; all"
+    )
     command.set_defaults(run=record)
+
+    command = commands.add_parser(
+        "tune",
+        help="find the best table for this machine's GPU",
+        description=tune.__doc__,
+        parents=[measuring],
+    )
+    command.set_defaults(run=tune)
 
     command = commands.add_parser("list", help="experiments and records", description=list_records.__doc__)
     command.add_argument(

@@ -17,8 +17,11 @@ MATMUL_SIZE = 8192
 
 
 @functools.cache
-def measure_ceilings() -> tuple[tuple[Ceiling, ...], tuple[str, ...]]:
-    """(ceilings, notes on those that could not be measured). Once per process: about 10 s of GPU time."""
+def measure_ceilings(load: bool = True) -> tuple[tuple[Ceiling, ...], tuple[str, ...]]:
+    """(ceilings, notes on those that could not be measured). Once per process: about 10 s of GPU time.
+
+    ``load`` False: in a burst alone, 1 s.
+    """
     ceilings, notes = [], []
     for name, prepare, work in (
         (HBM_READ, _read_call, {"bytes": READ_BYTES}),
@@ -26,7 +29,7 @@ def measure_ceilings() -> tuple[tuple[Ceiling, ...], tuple[str, ...]]:
     ):
         try:
             loop = capture(name, [prepare()])
-            for measurement in (burst([loop])[name], sustained(loop)):
+            for measurement in (burst([loop])[name], *([sustained(loop)] if load else [])):
                 ceilings.append(Ceiling(name=name, **work, **measurement.model_dump()))
         except Exception as error:  # a record without a ceiling is worth more than no record
             notes.append(f"ceiling {name} not measured: {type(error).__name__}: {error}")

@@ -7,7 +7,9 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from . import ceilings, points, provenance, timing
+from mla_kernels.compiler import KernelConfig
+
+from . import candidates, ceilings, points, provenance, timing
 from .counters import CountersUnavailable, profile
 from .figures import label, tb_s, tflops
 from .points import Step
@@ -27,12 +29,14 @@ def run_steps(
     *,
     limit_seconds: float | None = None,
     keep: Callable[[Record], None] | None = None,
+    loaded_ceilings: bool = True,
 ) -> Record:
     """Measure the ceilings and every step; steps at one workload become one, so that a record has no twins.
 
     Steps with sustained load come last, so that the bursts of others do not meet a card that it has heated.
     ``limit_seconds``, from the start: steps that would begin later, or leave no time for the sustained ones,
     are left out, and the record says how many. ``keep`` gets the record so far now and then.
+    ``loaded_ceilings`` False saves the 8 s of ceilings under load.
 
     Raises DeviceUnavailable where there is no Hopper GPU, UnknownCommit where the source has no name.
     """
@@ -46,10 +50,12 @@ def run_steps(
     run = provenance.run_section(f"python -m mla_kernels.measure record {experiment} --scope {scope}")
     steps = sorted(merge(steps), key=lambda step: bool(step.sustain))
     began = time.perf_counter()
-    source, device = provenance.source_section(), provenance.device_section()
+    absent, built = prepare_candidates(steps)
+    source, device = provenance.source_section(built), provenance.device_section()
     progress(f"{experiment}: {len(source.kernels)} kernels ready, {time.perf_counter() - began:.0f} s")
-    absent = prepare_peers(steps, progress)
-    limits, notes = ceilings.measure_ceilings()
+    for dtype, reasons in prepare_peers(steps, progress).items():
+        absent[dtype] |= reasons
+    limits, notes = ceilings.measure_ceilings(loaded_ceilings)
     for limit in limits:
         progress(f"{experiment}: ceiling {limit.name} {limit.mode}: {limit.value:.2f} {limit.unit}")
 
@@ -123,6 +129,16 @@ def prepare_peers(steps: Sequence[Step], progress: Progress = print) -> dict[str
         )
         absent[dtype] = {PEER + name: reason for name, reason in missing.items()}
     return absent
+
+
+def prepare_candidates(steps: Sequence[Step]) -> tuple[dict[str, dict[str, str]], list[KernelConfig]]:
+    """Compile the variants that ``steps`` name, several at once.
+
+    Those that cannot be built and why, by dtype; the cubins of the others.
+    """
+    names = [(name, step.workload.dtype) for step in steps for name in step.implementations]
+    absent = candidates.prepare(names)
+    return absent, candidates.configs(item for item in names if item[0] not in absent[item[1]])
 
 
 def loaded_seconds(steps: Sequence[Step]) -> float:

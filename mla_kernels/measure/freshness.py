@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from . import candidates
 from .hardware import load_hardware
 from .provenance import DATA
 from .records import Record, RecordError, load_record
@@ -37,6 +38,10 @@ def check_options(record: Record, path: str | os.PathLike) -> None:
 
     now = {config.name: list(compile_options(config)) for config in (*shipped_configs(), STREAM_READ)}
     measured = {kernel.name: kernel.options for kernel in record.source.kernels}
+    points = ((point.implementation, point.workload.dtype) for point in record.points)
+    for config in candidates.configs(points):  # there where they could be built
+        if config.name in measured:
+            now[config.name] = list(compile_options(config))
     for name in sorted(now.keys() | measured.keys()):
         if now.get(name) != measured.get(name):
             changed = (

@@ -17,6 +17,7 @@ import numpy as np
 from mla_kernels.arguments import HEAD_DIM, HEAD_DIM_V
 
 from .bound import Bound, measure_host, measure_memory
+from .candidates import is_candidate, tuning_of
 from .figures import DECODE, ELEMENT_BYTES, flop
 from .records import PEER, Accuracy, Host, Measurement, Memory, Point, Workload
 from .timing import Loop, burst, capture, sustained
@@ -58,6 +59,14 @@ def bind(implementation: str, inputs: Inputs) -> Bound:
         out = inputs.q.new_empty(*inputs.q.shape[:3], HEAD_DIM_V)
         causal = inputs.workload.causal
         return Bound([functools.partial(mla_decode, *args, causal=causal, out=out) for args in tensors], out)
+    if is_candidate(implementation):
+        from mla_kernels.decode import decode_tuned
+
+        out = inputs.q.new_empty(*inputs.q.shape[:3], HEAD_DIM_V)
+        tuned = functools.partial(
+            decode_tuned, tuning_of(implementation), causal=inputs.workload.causal, out=out
+        )
+        return Bound([functools.partial(tuned, *args) for args in tensors], out)
     if implementation in BLOCKS:
         from mla_kernels.decode import decode_block
 
@@ -67,7 +76,7 @@ def bind(implementation: str, inputs: Inputs) -> Bound:
         from .peers import find
 
         return find(implementation).bind(inputs)
-    known = ", ".join((DECODE, *BLOCKS, f"{PEER}NAME"))
+    known = ", ".join((DECODE, *BLOCKS, f"{PEER}NAME", f"{DECODE}[rows=...]"))
     raise ValueError(f"implementation {implementation!r} is unknown; known are {known}")
 
 

@@ -9,10 +9,16 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .power import meter
 from .records import Device, Kernel, Run, Software, Source
+
+if TYPE_CHECKING:
+    from mla_kernels.compiler import KernelConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "data"
@@ -67,9 +73,12 @@ def run_section(command: str) -> Run:
     return Run(id=identity, utc=utc, commit=revision, dirty=dirty, command=command)
 
 
-def source_section() -> Source:
-    """Digest and resources of every kernel that the operators can launch, compiled here if not cached."""
-    from mla_kernels.compiler import KernelConfig, compile_kernel, resource_report, source_digest
+def source_section(further: Sequence[KernelConfig] = ()) -> Source:
+    """Digest and resources of every kernel that the operators can launch, and of ``further`` ones.
+
+    Compiled here if not cached, several at once.
+    """
+    from mla_kernels.compiler import compile_kernel, resource_report, source_digest
     from mla_kernels.decode import shipped_configs
     from mla_kernels.launch import STREAM_READ
 
@@ -87,7 +96,9 @@ def source_section() -> Source:
             shared_bytes=report.shared_bytes,
         )
 
-    return Source(kernels=[describe(config) for config in (*shipped_configs(), STREAM_READ)])
+    configs = {config.name: config for config in (*shipped_configs(), STREAM_READ, *further)}
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
+        return Source(kernels=list(threads.map(describe, configs.values())))
 
 
 def device_section() -> Device:

@@ -18,8 +18,11 @@ from typing import Annotated, Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-SCHEMA_VERSION = 2
-READABLE_VERSIONS = (1, 2)  # what 2 added is optional: `host`, `memory` of a point, errors of a peer
+from mla_kernels.tuning import TuningTable
+
+SCHEMA_VERSION = 3
+# What 2 and 3 added is optional: `host` and `memory` of a point, errors of a peer; `tuning`.
+READABLE_VERSIONS = (1, 2, 3)
 REMEDY = "restore the file from git, or measure again with `make record` on a GPU"
 
 # Largest error that an implementation may have and still be timed: relative L2 of out by dtype, absolute LSE.
@@ -251,7 +254,8 @@ class Memory(_Section):
 class Point(Measurement):
     """One implementation at one workload.
 
-    ``implementation``: "mla_kernels", a block ("block:stream", "block:mma", "block:skeleton") or a peer
+    ``implementation``: "mla_kernels", one variant of it as ``mla_kernels.tuning`` writes it
+    ("mla_kernels[rows=64,ahead_boxes=1]"), a block ("block:stream", "block:mma", "block:skeleton") or a peer
     ("peer:flash_mla" ...).
     ``kv_sets``: KV caches rotated through; 1 means that the same cache is read again by every call.
     ``counters``: of one call, from the profiler; where they were asked for and not had, null and a reason.
@@ -312,6 +316,22 @@ class Verification(_Section):
     worst: dict[str, float]
 
 
+class Variant(_Section):
+    """An entry of a tuning table: ``mla_kernels.tuning.DecodeTuning``, for up to ``up_to`` query rows."""
+
+    up_to: Annotated[int, Field(gt=0)] | None
+    rows: Count
+    group_slots: Count
+    rotary_slots: Count
+    value_registers: Count
+    score_registers: Count
+    producer_registers: Count
+    item_units: Count
+    register_steps: Count
+    ahead_boxes: Count
+    programmatic: bool
+
+
 class Record(_Section):
     schema_version: Literal[READABLE_VERSIONS] = SCHEMA_VERSION
     experiment: str
@@ -323,6 +343,13 @@ class Record(_Section):
     ceilings: list[Ceiling] = []
     points: list[Point] = []
     verification: Verification | None = None
+    tuning: list[Variant] | None = None  # the tuner's table
+
+    @model_validator(mode="after")
+    def _check(self) -> Record:
+        if self.tuning is not None:
+            TuningTable.from_json([variant.model_dump() for variant in self.tuning])
+        return self
 
 
 def load_record(path: str | os.PathLike) -> Record:

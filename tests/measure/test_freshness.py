@@ -75,6 +75,39 @@ def test_other_options_are_another_kernel(data, make_fresh, fields):
     assert problem.field == "source.kernels" and "was compiled with" in str(problem)
 
 
+@pytest.fixture
+def with_candidate(make_fresh, make_point):
+    """A fresh record that also timed a variant, or has its kernel alone; ``options`` replace the kernel's."""
+    from mla_kernels.compiler import compile_options
+    from mla_kernels.measure.candidates import name_of, tuning_of
+
+    def make(options=None, timed=True):
+        name = name_of("ahead_boxes=1", rows=64)
+        config = tuning_of(name).kernel_config("bf16")
+        record = make_fresh()
+        kernel = record.source.kernels[3].model_copy(
+            update={"name": config.name, "options": options or list(compile_options(config))}
+        )
+        points = [make_point(name)] if timed else []
+        return record.model_copy(
+            update={"points": points, "source": Source(kernels=[*record.source.kernels, kernel])}
+        )
+
+    return make
+
+
+def test_variants_that_were_timed_are_no_strangers(data, with_candidate):
+    save_record(with_candidate(), data / "h200" / "tuning.json")
+    assert problems(data) == []
+
+
+@pytest.mark.parametrize("fields", [{"options": ["-arch=sm_90a"]}, {"timed": False}])
+def test_variants_of_other_options_or_of_no_point_are(data, with_candidate, fields):
+    save_record(with_candidate(**fields), data / "h200" / "tuning.json")
+    (problem,) = problems(data)
+    assert problem.field == "source.kernels" and "decode_rows-bf16-64+ahead_boxes=1" in str(problem)
+
+
 def test_check_passes(data, capsys):
     assert main(["check", "--data", str(data)]) == 0
     assert "1 records are valid and fresh" in capsys.readouterr().out

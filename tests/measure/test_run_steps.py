@@ -17,7 +17,7 @@ from mla_kernels.measure.workloads import uniform
 def machine(make_point, make_record, monkeypatch):
     """A machine whose clock moves a second a step. ``seen`` lists (workload, absent) of what was measured."""
     whole = make_record()
-    state = SimpleNamespace(seen=[], now=0.0, missing={}, prepared=[], stop_at=None)
+    state = SimpleNamespace(seen=[], now=0.0, missing={}, prepared=[], stop_at=None, built=[])
 
     def measure(step, *, l2_bytes, seed, absent):
         if len(state.seen) == state.stop_at:
@@ -34,10 +34,12 @@ def machine(make_point, make_record, monkeypatch):
 
     monkeypatch.setattr(device, "hopper_available", lambda: True)
     monkeypatch.setattr(provenance, "run_section", lambda command: whole.run)
-    monkeypatch.setattr(provenance, "source_section", lambda: whole.source)
+    monkeypatch.setattr(
+        provenance, "source_section", lambda further: state.built.extend(further) or whole.source
+    )
     monkeypatch.setattr(provenance, "device_section", lambda: whole.device)
     monkeypatch.setattr(provenance, "software_section", lambda: whole.software)
-    monkeypatch.setattr(ceilings, "measure_ceilings", lambda: (tuple(whole.ceilings), ()))
+    monkeypatch.setattr(ceilings, "measure_ceilings", lambda load: (tuple(whole.ceilings), ()))
     monkeypatch.setattr(points, "measure", measure)
     monkeypatch.setattr(peers, "prepare", prepare)
     monkeypatch.setattr(experiment.time, "perf_counter", lambda: state.now)

@@ -2,6 +2,11 @@
 
 from types import ModuleType
 
-from . import bandwidth, peers, roofline
+from . import bandwidth, peers, roofline, tuning
 
-EXPERIMENTS: dict[str, ModuleType] = {"roofline": roofline, "bandwidth": bandwidth, "peers": peers}
+EXPERIMENTS: dict[str, ModuleType] = {
+    "roofline": roofline,
+    "bandwidth": bandwidth,
+    "peers": peers,
+    "tuning": tuning,
+}

@@ -1,0 +1,63 @@
+"""Which choice in the kernels is worth what, and is there a better table for this card?
+
+Each candidate changes one thing of a shipped variant, a few change two. Those that switch an idea off are its
+ablation. All candidates of a workload take turns with the shipped variant, each checked first. A candidate
+that does not fit the card or does not compile is a point with that reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..candidates import best_table, name_of, shipped_rows
+from ..experiment import Progress, run_steps
+from ..points import Step
+from ..records import Record, Variant
+from ..workloads import uniform
+
+SHAPES = ((1, 4096), (128, 4096), (64, 16384))  # (b, kv)
+FULL_HEADS = (8, 16, 32, 64, 128)
+LIVE = ((16, (128, 4096)), (64, (128, 4096)), (128, (64, 16384)))  # (h_q, shape)
+
+EVERYWHERE = (("programmatic=0",), ("item_units=6",))
+OF_FEW_ROWS = (
+    ("group_slots=4",),  # two tiles
+    ("group_slots=3",),  # a tile and a half
+    ("rotary_slots=2",),
+    ("item_units=3",),
+)
+OF_64_ROWS = (
+    ("item_units=1",),
+    ("ahead_boxes=1",),
+    ("ahead_boxes=3",),
+    ("ahead_boxes=4",),
+    ("group_slots=4",),  # no third tile begun
+    ("group_slots=4", "register_steps=4"),  # the queries back in shared memory, the ring pays for it
+    ("register_steps=12",),  # does not fit: what the registers make room for
+    ("register_steps=20",),
+    ("score_registers=168", "producer_registers=24"),
+    ("value_registers=152", "score_registers=176", "register_steps=20"),
+)
+OTHER_ROWS = {16: (8,), 32: (16, 64), 64: (32,)}  # by query rows: variants of other rows, for the thresholds
+
+
+def candidates(query_rows: int) -> tuple[str, ...]:
+    """Implementations to measure at so many query rows, the shipped variant first."""
+    rows = shipped_rows(query_rows)
+    changes = (*EVERYWHERE, *(OF_64_ROWS if rows == 64 else OF_FEW_ROWS))
+    others = [name_of(rows=other) for other in OTHER_ROWS.get(query_rows, ())]
+    return tuple(dict.fromkeys([name_of(rows=rows), *(name_of(*c, rows=rows) for c in changes), *others]))
+
+
+def steps(scope: str) -> Iterator[Step]:
+    """``scope`` "full", or "live" for a run beside a notebook."""
+    chosen = LIVE if scope == "live" else [(h_q, shape) for h_q in FULL_HEADS for shape in SHAPES]
+    for h_q, (b, length) in chosen:
+        yield Step(uniform(b, length, h_q=h_q), candidates(h_q))
+
+
+def run(scope: str = "full", progress: Progress = print, **options) -> Record:
+    """Measure, and put the best table into the record. ``options`` are those of run_steps."""
+    record = run_steps("tuning", scope, list(steps(scope)), progress, loaded_ceilings=False, **options)
+    table = [Variant(**entry) for entry in best_table(record.points).to_json()]
+    return record.model_copy(update={"tuning": table})
