@@ -2,12 +2,12 @@
 //
 //   S = Q K^T  (64 x 64 tokens)        O = P V  (64 x 512, each value warpgroup 64 x 256)
 //
-// Grid: one persistent CTA an SM; each walks its share of the batch (schedule.cuh). An item's queries come through the
-// ring like a tile. Most of them then stay in the score warpgroup's registers (7 of 9 boxes: 112 registers), because shared
-// memory is what binds: two 72 KB tiles leave no room for loads in flight, and QK with both operands in shared memory
-// reads them at the full 128 B/clk.
-// Warps: 0-3 and 4-7 values (144 registers), 8-11 scores (200), 12 streams (24), 13-15 idle.
-// Shared memory: 24 boxes of V, 2 of rotary columns (then P), 2 of queries: 28 boxes of 8 KB.
+// Grid: one persistent CTA an SM; each walks its share of the batch (schedule.cuh). An item's queries come through the ring
+// like a tile. The first MLA_REGISTER_STEPS of the 36 steps of QK^T then take theirs from the score warpgroup's registers:
+// shared memory is what binds. Two tiles (144 KB) and all queries (72 KB) leave no room for loads in flight, and QK with both
+// operands in shared memory reads it at the full 128 B/clk.
+// Warps: 0-3 and 4-7 values, 8-11 scores, 12 schedules, 13 streams, 14 announces parts, 15 idle.
+// Shared memory: a ring of 2 1/2 tiles (5 groups of four boxes, 3 rotary boxes), 5 boxes of queries.
 #include "persistent.cuh"
 
 constexpr int kRows = MLA_ROWS;

@@ -1,6 +1,6 @@
 // The warp that streams an item's tiles into the ring, and after them the parts that its CTA absorbs.
 #pragma once
-#include "merge.cuh"
+#include "parts.cuh"
 
 // Run by one warp: streams the items' tiles.
 // A page id outside the pool is never read: TMA fills the box with zeros, and `invalid` makes NaN of the result.

@@ -51,8 +51,10 @@ __device__ __forceinline__ void score_items(const DecodeParams& p, SharedMemory&
     }
     named_barrier_sync(kBarrierScore, kScoreThreads);
     static_assert(sizeof(MergeMemory<kRows>) <= sizeof(smem.ring.group), "merging takes the place of the tiles");
-    if (smem.to_merge.request >= 0)  // when all parts are there, this CTA's too, its tiles have been read
+    if (smem.to_merge.request >= 0) {  // when all parts are there, this CTA's too, its tiles have been read
         merge_slice<kRows, Fragment>(p, smem.to_merge, *reinterpret_cast<MergeMemory<kRows>*>(smem.ring.group));
+        leave_merge(p, smem.to_merge);
+    }
 }
 
 template <int kRows, class Values, class SharedMemory>

@@ -3,7 +3,7 @@
 // The batch is a line of work units. Each (request, row group) is an item: `kItemUnits` units for its fixed cost, then
 // one unit a 64-token tile. A row group is `group` row blocks that sit side by side in `group` CTAs and walk the same
 // tiles at the same time, so that the second reads KV from L2. The line is cut into equal shares; an item cut by a
-// share's end is split, and its parts are merged by the CTAs that hold them (merge.cuh). One warp walks the share.
+// share's end is split, and its parts are merged by the CTAs that hold them (parts.cuh). One warp walks the share.
 #pragma once
 #include "layout.cuh"
 
@@ -14,7 +14,7 @@ struct alignas(64) DecodeParams {
     float* lse;                // (b, h_q, s_q), natural log
     const int* block_table;    // (b, max_pages)
     const int* cache_seqlens;  // (b,)
-    float* partials;           // two slots a CTA (merge.cuh)
+    float* partials;           // two slots a CTA (parts.cuh)
     u32* arrivals;             // two counters a CTA, zero between launches
     float softmax_scale_log2;  // softmax_scale * log2(e)
     int b, s_q, h_q, num_pages, max_pages, table_stride, row_blocks, group, row_groups, causal;
