@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from mla_kernels.measure import figures
+from mla_kernels.measure import candidates, figures
 from mla_kernels.measure.energy import fit_energy_roof
 from mla_kernels.measure.figures import DECODE, label
 from mla_kernels.measure.records import LSE_MAX_ABS_LIMIT, OUT_REL_L2_LIMIT, PEER, Point, Record, Workload
 from mla_kernels.measure.workloads import spread_evenly
+from mla_kernels.tuning import ROWS
 
 from . import fits
 from .duels import FLASH_MLA, absorbed_error, duels, geometric_mean, gpu_bytes, is_compute_bound
@@ -208,6 +209,17 @@ def _fixed_cost(coefficient: str) -> Callable[[Record], Candidates]:
     return lambda record: [(getattr(fits.fit_fixed_cost(record), coefficient), where)]
 
 
+def _best_variants(record: Record) -> Candidates:
+    for rows in ROWS if record.tuning else ():
+        name, gain = candidates.best_of(record.points, rows)
+        yield gain, candidates.changes_of(name)
+
+
+def _variants(record: Record) -> Candidates:
+    for name, ratios in candidates.speeds(record.points).items():
+        yield candidates.gain(ratios), f"{candidates.changes_of(name)}, {len(ratios)} workloads"
+
+
 def _ridge(record: Record) -> Candidates:
     return [(fits.ridge(record), "ceilings, burst")]
 
@@ -280,9 +292,15 @@ _VERIFICATION = (
     ("verification.lse_max_abs", "absolute", f"≤ {LSE_MAX_ABS_LIMIT:g}", _worst_lse, max),
 )
 
+_TUNING = (
+    ("tuning.best_gain", "× the shipped speed", "", _best_variants, max),
+    ("tuning.worst_candidate", "× the shipped speed", "", _variants, min),
+)
+
 DEFINITIONS = (
     *(Definition(f"decode.{key}", *rest) for key, *rest in _DECODE),
     *(Definition(*fields, "roofline") for fields in _ROOFLINE),
     *(Definition(*fields, "bandwidth") for fields in _BANDWIDTH),
     *(Definition(*fields, "verification") for fields in _VERIFICATION),
+    *(Definition(*fields, "tuning") for fields in _TUNING),
 )

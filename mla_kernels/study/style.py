@@ -87,9 +87,10 @@ def caption(record: Record) -> str:
     return f"one {record.device.name}, {run.utc:%Y-%m-%d}, commit {run.commit[:10]}, bf16, pages of 64"
 
 
-def show(figure: Figure, record: Record) -> None:
-    """Add the caption and hand the figure to the notebook."""
-    figure.supxlabel(caption(record), x=0.99, ha="right", fontsize=7.5, color="#777777")
+def show(figure: Figure, record: Record | str) -> None:
+    """Add the caption, of a record or in words, and hand the figure to the notebook."""
+    text = record if isinstance(record, str) else caption(record)
+    figure.supxlabel(text, x=0.99, ha="right", fontsize=7.5, color="#777777")
     plt.show()
     plt.close(figure)
 

@@ -1,0 +1,98 @@
+"""What the compiler made of the kernels, and what each choice in them is worth (the tuner's record)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pandas as pd
+
+from mla_kernels.compiler import compile_kernel, resource_report
+from mla_kernels.measure import candidates
+from mla_kernels.measure.figures import DECODE, query_rows
+from mla_kernels.measure.records import Record
+from mla_kernels.tuning import SHIPPED
+
+from . import style
+
+
+def resources(element: str = "bf16") -> pd.DataFrame:
+    """What the compiler made of each shipped variant, read from cubins compiled here (no GPU needed)."""
+    rows = []
+    for _, tuning in SHIPPED.entries:
+        report = resource_report(compile_kernel(tuning.kernel_config(element)))
+        rows.append(
+            {
+                "kernel": tuning.kernel_config(element).name,
+                "registers at launch": report.registers,
+                "values": tuning.value_registers,
+                "scores": tuning.score_registers,
+                "producer": tuning.producer_registers,
+                "stack bytes": report.stack_bytes,
+                "LDL + STL": report.local_loads + report.local_stores,
+                "HGMMA": report.hgmma,
+                "UTMALDG": report.utmaldg,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def ablations(record: Record) -> pd.DataFrame:
+    """One row a variant and range of query rows: its speed over the shipped variant there.
+
+    ``gain`` is the geometric mean, ``worst`` and ``best`` single workloads; ``stack`` bytes: it spills.
+    """
+    stack = {kernel.name: kernel.stack_bytes for kernel in record.source.kernels}
+    rows = []
+    for name, ratios in candidates.speeds(record.points).items():
+        for many in sorted({query_rows(w) for w in ratios}):
+            here = {w: ratio for w, ratio in ratios.items() if query_rows(w) == many}
+            rows.append(
+                {
+                    "query rows": many,
+                    "variant": candidates.changes_of(name),
+                    "gain": candidates.gain(here),
+                    "worst": min(here.values()),
+                    "best": max(here.values()),
+                    "workloads": len(here),
+                    "stack": stack.get(candidates.tuning_of(name).kernel_config("bf16").name, 0),
+                }
+            )
+    columns = ["query rows", "variant", "gain", "worst", "best", "workloads", "stack"]
+    return pd.DataFrame(rows, columns=columns).sort_values(["query rows", "gain"], ignore_index=True)
+
+
+def plot_ablations(record: Record, rows: Iterable[int]) -> pd.DataFrame:
+    """Speed of each variant over the shipped one, a panel a number of query rows; lines span workloads."""
+    data, wanted = ablations(record), list(rows)
+    figure, panels = style.new_figure(len(wanted), width=12, height=4.4, squeeze=False)
+    for axes, many in zip(panels[0], wanted, strict=True):
+        part = data[data["query rows"] == many].reset_index(drop=True)
+        for i, row in part.iterrows():
+            colour = style.ALARM if row.stack else style.COLOURS[DECODE]
+            axes.plot([row.worst, row.best], [i, i], color=colour, linewidth=1.6)
+            axes.plot(row.gain, i, "o", color=colour)
+        axes.axvline(1, color=style.CEILING, linestyle="--", linewidth=1.1)
+        shown = part.variant.str.replace(r"rows=\d+,", "", regex=True).str.replace(",", "\n")
+        axes.set_yticks(range(len(part)), shown, fontsize=7)
+        axes.grid(visible=False, axis="y")
+        axes.set(title=f"{many} query rows", xlabel="speed / shipped")
+    style.show(figure, record)
+    return data[data["query rows"].isin(wanted)]
+
+
+def not_built(record: Record) -> pd.DataFrame:
+    """Variants that were meant and cannot be, with the reason."""
+    found = candidates.not_built(record.points)
+    rows = [(candidates.changes_of(name), reason) for name, reason in found.items()]
+    return pd.DataFrame(rows, columns=["variant", "reason"])
+
+
+def in_words(data: pd.DataFrame, gain: float = 1.01) -> str:
+    """The slowest of ``ablations``, and those that are faster than what ships by more than noise."""
+    worst, best = data.loc[data.gain.idxmin()], data.loc[data.gain.idxmax()]
+    faster = int((data.gain > gain).sum())
+    text = (
+        f"The slowest is `{worst.variant}` at {worst['query rows']} query rows: {worst.gain:.2f} of the "
+        f"shipped speed. {faster} of {len(data)} rows are over {gain - 1:.0%} faster than what ships"
+    )
+    return text + (f", most `{best.variant}` ({best.gain:.3f})." if faster else ".")
