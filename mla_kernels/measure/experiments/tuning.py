@@ -7,7 +7,10 @@ that does not fit the card or does not compile is a point with that reason.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
+
+from mla_kernels.tuning import SHIPPED
 
 from ..candidates import best_table, name_of, shipped_rows
 from ..experiment import Progress, run_steps
@@ -45,8 +48,13 @@ def candidates(query_rows: int) -> tuple[str, ...]:
     """Implementations to measure at so many query rows, the shipped variant first."""
     rows = shipped_rows(query_rows)
     changes = (*EVERYWHERE, *(OF_64_ROWS if rows == 64 else OF_FEW_ROWS))
-    others = [name_of(rows=other) for other in OTHER_ROWS.get(query_rows, ())]
-    return tuple(dict.fromkeys([name_of(rows=rows), *(name_of(*c, rows=rows) for c in changes), *others]))
+    own = [name_of(*c, rows=rows) for c in changes if not set(c) <= _shipped_choices(rows)]
+    return (name_of(rows=rows), *own, *(name_of(rows=other) for other in OTHER_ROWS.get(query_rows, ())))
+
+
+def _shipped_choices(rows: int) -> set[str]:
+    """The shipped variant's fields as candidates write them."""
+    return {f"{name}={value:d}" for name, value in dataclasses.asdict(SHIPPED.of_rows(rows)).items()}
 
 
 def steps(scope: str) -> Iterator[Step]:
