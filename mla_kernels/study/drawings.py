@@ -185,4 +185,4 @@ def _lanes(axes: Axes, data: pd.DataFrame) -> None:
     axes.set_yticks(range(len(lanes)), lanes)
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
-    axes.legend(ncols=6, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+    axes.legend(ncols=6, loc="upper center", bbox_to_anchor=(0.5, -0.28))
