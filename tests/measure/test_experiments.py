@@ -117,7 +117,9 @@ def test_what_is_asked_of_the_peers_under_load():
         if s.sustain
     }
     assert loaded == {
+        (16, 128, 4096, 1),
         (16, 64, 16384, 1),
+        (64, 64, 16384, 1),
         (128, 64, 16384, 1),
         (128, 64, 16384, 2),
     }

@@ -24,8 +24,8 @@ BLOCKS = ("block:stream", "block:skeleton")
 # (h_q, b, kv) of the grid
 SLOW = ((16, 1, 4096), (16, 128, 4096), (128, 1, 4096), (128, 16, 4096))  # up to 6.4 GB decompressed
 HOST = (*SLOW, (64, 64, 16384), (128, 64, 16384))  # host time and memory too
-SUSTAINED = ((128, 64, 16384),)  # 4 s for each implementation
-SUSTAINED_TOKENS: tuple[tuple[int, ...], ...] = ()  # (h_q, b, kv, s_q)
+SUSTAINED = ((16, 128, 4096), (16, 64, 16384), (64, 64, 16384), (128, 64, 16384))
+SUSTAINED_TOKENS = ((128, 64, 16384, 2),)  # (h_q, b, kv, s_q)
 
 SHAPES = ((1, 16384), (16, 4096), (64, 16384), (128, 4096))  # (b, kv) of the further points
 TOKENS = (2, 4)
