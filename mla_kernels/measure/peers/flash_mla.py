@@ -27,7 +27,9 @@ class FlashMLA(Peer):
         require(workload.page_size == 64, f"FlashMLA needs pages of 64 tokens, not {workload.page_size}")
         decode = load_operators(LIBRARY, "_flashmla_C").dense_decode_fwd
         out = inputs.q.new_empty(*inputs.q.shape[:3], HEAD_DIM_V)
-        rows = out.view(workload.b, 1, -1, HEAD_DIM_V)  # (b, KV heads, query rows of each, 512): what it wants
+        rows = out.view(
+            workload.b, 1, -1, HEAD_DIM_V
+        )  # (b, KV heads, query rows of each, 512): what it wants
 
         def call(table, schedule):
             # q, k_cache, head_dim_v, lengths, table, scale, causal, schedule (2 tensors or None), out
