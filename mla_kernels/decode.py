@@ -17,9 +17,9 @@ from mla_kernels.tuning import DecodeTuning, active_table
 PAGE_SIZES = (64,)
 BLOCKS = ("stream", "mma", "skeleton")
 
-# Tensor cores truncate: a score summed in chains of two boxes (bf16) comes out 8.5e-8 of itself too small on
-# average, in chains of one (fp16) 4.2e-8 (LSE of 45, H200). A little more than that makes the worst row best
-# (cuda/softmax.cuh, tests/test_truncation.py).
+# Tensor cores truncate: a score summed in chains of 8 or 9 steps (bf16) comes out 8.5e-8 of itself too
+# small on average, in chains of 4 or 5 (fp16) 4.2e-8 (LSE of 45, H200). A little more than that makes the
+# worst row best (cuda/softmax.cuh, tests/test_truncation.py).
 _TRUNCATION = {torch.bfloat16: 1.1e-7, torch.float16: 7e-8}
 
 
