@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mla_kernels.compiler import CUDA_DIR
-from mla_kernels.decode import _ITEM_UNITS, _group_size
+from mla_kernels.decode import _group_size, kernel_config
 
 TILE = 64
 MAX_PAGES = 64  # 4096 tokens
+KEPT = 128  # lengths that a warp keeps in registers; the rest it reads again
 
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None, reason="needs g++ to run the schedule on the CPU"
@@ -24,15 +26,15 @@ pytestmark = pytest.mark.skipif(
 @dataclass(frozen=True)
 class Item:
     cta: int
-    index: int
     request: int
     kv_len: int
     tiles: int
     row_block: int
     begin: int
     end: int
-    tiles_before: int
+    ordinal: int
     first_cta: int
+    part: int
     parts: int
     invalid: int
 
@@ -52,8 +54,9 @@ class Scheduler:
         items, ends = [], set()
         while (line := self._process.stdout.readline().strip()) != "done":
             assert line, "the schedule died"
+            assert line != "lanes disagree"
             fields = line.split()
-            if fields[2] == "end":
+            if fields[1] == "end":
                 ends.add(int(fields[0]))
             else:
                 items.append(Item(*map(int, fields)))
@@ -65,11 +68,17 @@ class Scheduler:
         self._process.wait(timeout=10)
 
 
-@pytest.fixture(scope="module", params=sorted(set(_ITEM_UNITS.values())), ids=lambda units: f"item-{units}")
-def schedule(request, tmp_path_factory):
+@pytest.fixture(scope="module", params=[16, 64], ids=lambda rows: f"{rows}-rows")
+def rows(request) -> int:
+    """Of a CTA: of decode_swapped.cu, and of decode_rows.cu, whose queries take a place in the ring."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def schedule(rows, tmp_path_factory):
     binary = tmp_path_factory.mktemp("schedule") / "schedule"
     source = Path(__file__).parent / "on_host" / "schedule.cpp"
-    macros = ("-DMLA_BF16=1", "-DMLA_PAGE_SIZE=64", f"-DMLA_ITEM_UNITS={request.param}")
+    macros = [f"-D{name}={value}" for name, value in kernel_config(torch.bfloat16, rows).defines]
     command = ["g++", "-std=c++17", "-O1", "-w", f"-I{CUDA_DIR}", *macros, source, "-o", binary]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     scheduler = Scheduler(binary)
@@ -77,7 +86,7 @@ def schedule(request, tmp_path_factory):
     scheduler.close()
 
 
-def check(items: list[Item], grid: int, group: int, lengths: list[int], row_blocks: int) -> None:
+def check(items: list[Item], grid: int, group: int, lengths: list[int], row_blocks: int, rows: int) -> None:
     parts = defaultdict(list)
     for item in items:
         parts[item.request, item.row_block].append(item)
@@ -93,18 +102,18 @@ def check(items: list[Item], grid: int, group: int, lengths: list[int], row_bloc
         # what merging relies on: how many parts, and in which CTAs they lie
         assert {p.parts for p in pieces} == {len(pieces)}
         if tiles:
-            first = pieces[0].first_cta
-            assert [p.cta for p in pieces] == [first + k * group for k in range(len(pieces))]
+            assert [p.part for p in pieces] == list(range(len(pieces)))
+            assert [p.cta for p in pieces] == [p.first_cta + p.part * group for p in pieces]
     by_cta = defaultdict(list)
     for item in items:
         by_cta[item.cta].append(item)
     for cta, own in by_cta.items():
         assert cta < grid
-        assert [item.index for item in own] == list(range(len(own)))
-        tiles = 0
+        streamed, query_tiles = 0, int(rows == TILE)
         for item in own:
-            assert item.tiles_before == tiles  # the producer's and the consumers' place in the rings
-            tiles += item.end - item.begin
+            if item.tiles:  # the loader's and the consumers' place in the ring
+                assert item.ordinal == streamed + query_tiles
+                streamed += query_tiles + item.end - item.begin
         # part 0 of a split item ends its CTA's share, every other part begins one: one slot each is enough
         split = [item for item in own if item.parts > 1]
         for item in split:
@@ -117,22 +126,34 @@ LENGTHS = st.one_of(
 )
 
 
+LISTS = st.lists(LENGTHS, min_size=1, max_size=80)
+LONG_LISTS = st.builds(  # drawing each length would take seconds
+    lambda pattern, size: (pattern * size)[:size],
+    st.lists(LENGTHS, min_size=1, max_size=13),
+    st.one_of(st.integers(KEPT - 2, KEPT + 40), st.integers(81, 400)),
+)
+
+
 @settings(max_examples=150, deadline=None)
 @given(
-    lengths=st.lists(LENGTHS, min_size=1, max_size=80),
+    lengths=st.one_of(LISTS, LONG_LISTS),
     row_blocks=st.integers(1, 9),
     ctas=st.sampled_from([1, 2, 7, 20, 132]),
 )
-def test_every_tile_has_one_owner(schedule, lengths, row_blocks, ctas):
+def test_every_tile_has_one_owner(schedule, rows, lengths, row_blocks, ctas):
     items, grid, group = schedule(lengths, row_blocks, ctas)
-    check(items, grid, group, lengths, row_blocks)
+    check(items, grid, group, lengths, row_blocks, rows)
 
 
 @pytest.mark.parametrize("row_blocks", [1, 2, 4])
-@pytest.mark.parametrize("lengths", [[4096] * 128, [4096, 1] * 64, [0] * 300, [4096], [64] * 1000])
-def test_shares_are_even(schedule, lengths, row_blocks):
+@pytest.mark.parametrize(
+    "lengths",
+    [[4096] * 128, [4096, 1] * 64, [0] * 300, [4096], [64] * 1000, [1] * 128 + [4096] * 4],
+    ids=lambda lengths: f"{len(lengths)}-up-to-{max(lengths)}",
+)
+def test_shares_are_even(schedule, rows, lengths, row_blocks):
     items, grid, group = schedule(lengths, row_blocks, 132)
-    check(items, grid, group, lengths, row_blocks)
+    check(items, grid, group, lengths, row_blocks, rows)
     tiles = defaultdict(int)
     for item in items:
         tiles[item.cta] += item.end - item.begin
