@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from mla_kernels.measure import points
-from mla_kernels.measure.peers import PEERS, PeerUnavailable, find
+from mla_kernels.measure.peers import PEERS, PeerUnavailable, fetch, find
+from mla_kernels.measure.peers.interface import sha256
 from mla_kernels.measure.workloads import materialize, uniform
 
 FROM_WHEELS = ("flash_mla", "fa3", "flashinfer_fa3", "flashinfer_fa2", "fa2_decompressed", "vllm_triton")
@@ -19,6 +20,31 @@ def test_a_peer_that_was_not_fetched_names_the_remedy(
     monkeypatch.setenv("MLA_KERNELS_PEERS", str(tmp_path))
     with pytest.raises(PeerUnavailable, match=r"is not there: run `make peers`"):
         find(f"peer:{name}")
+
+
+def test_flashinfer_needs_the_metadata_of_tvm_ffi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it `import tvm_ffi` raises PackageNotFoundError."""
+    monkeypatch.setenv("MLA_KERNELS_PEERS", str(tmp_path))
+    for name in ("flashinfer/mla/_core.py", "tvm_ffi/__init__.py"):
+        path = tmp_path / "site" / name
+        path.parent.mkdir(parents=True)
+        path.touch()
+    with pytest.raises(PeerUnavailable, match=r"apache_tvm_ffi-\*\.dist-info/METADATA is not there"):
+        find("peer:flashinfer_fa3")
+
+
+def test_a_wheel_is_fetched_again_when_more_is_wanted_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLA_KERNELS_PEERS", str(tmp_path))
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "one.py").write_text("one")
+    wheel = fetch.Wheel("one", "1.0", 0.1, (), ("one.py",))
+    entry = {"version": "1.0", "files": {"site/one.py": sha256(tmp_path / "site" / "one.py")}}
+    assert fetch._is_whole(entry, wheel)
+    assert not fetch._is_whole(entry, replace(wheel, members=("one.py", "one-*.dist-info/METADATA")))
+    (tmp_path / "site" / "one.py").write_text("another")
+    assert not fetch._is_whole(entry, wheel)
 
 
 def test_an_unknown_peer_is_named_with_those_that_exist() -> None:

@@ -81,7 +81,7 @@ WHEELS = (
             "f45eb43499acac45ff6c93564f0ff2d3ca27b69656d540fd56ce59d51c0b4c65",  # Python 3.12 and newer
             "21365abd2a2a1a6d3b4e6e4f048309651125becfa795440c3607f3cc27d30ac7",  # 3.11
         ),
-        ("tvm_ffi/*",),
+        ("tvm_ffi/*", "apache_tvm_ffi-*.dist-info/METADATA"),  # it asks for its own version
     ),
     # What FlashInfer imports besides, where torch did not bring it.
     Wheel(
@@ -132,6 +132,10 @@ def fetch(
 def _is_whole(entry: dict | None, wheel: Wheel) -> bool:
     if entry is None or entry["version"] != wheel.version:
         return False
+    folder = Path(wheel.folder)
+    wanted = [str(folder / pattern) for pattern in wheel.members]
+    if any(not fnmatch.filter(entry["files"], pattern) for pattern in wanted):
+        return False  # fetched when fewer members were asked for
     paths = {home() / path: digest for path, digest in entry["files"].items()}
     return all(path.is_file() and sha256(path) == digest for path, digest in paths.items())
 

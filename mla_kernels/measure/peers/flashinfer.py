@@ -46,7 +46,11 @@ class FlashInfer(Peer):
         self.source = f"FlashInfer, backend {backend}"
 
     def available(self) -> str | None:
-        return missing(f"{SITE}/flashinfer/mla/_core.py", f"{SITE}/tvm_ffi/__init__.py")
+        return missing(
+            f"{SITE}/flashinfer/mla/_core.py",
+            f"{SITE}/tvm_ffi/__init__.py",
+            f"{SITE}/apache_tvm_ffi-*.dist-info/METADATA",  # where tvm_ffi looks up its version
+        )
 
     def prepare(self, dtypes: tuple[str, ...]) -> None:
         """Compiles where the cache has none yet: a minute or two for each dtype."""

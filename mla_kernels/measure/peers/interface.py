@@ -47,8 +47,8 @@ def home() -> Path:
 
 
 def missing(*paths: str) -> str | None:
-    """Why peers of these files (in ``home()``) cannot be used, None if all are there."""
-    absent = [path for path in paths if not (home() / path).exists()]
+    """Why peers of these files (patterns in ``home()``) cannot be used, None if all are there."""
+    absent = [path for path in paths if not any(home().glob(path))]
     return f"{home() / absent[0]} is not there: {REMEDY}" if absent else no_gpu()
 
 
