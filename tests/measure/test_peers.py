@@ -2,13 +2,15 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from mla_kernels.measure import points
-from mla_kernels.measure.peers import PEERS, PeerUnavailable, fetch, find
+from mla_kernels.measure.peers import PEERS, PeerUnavailable, fetch, find, flash_mla
 from mla_kernels.measure.peers.interface import sha256
 from mla_kernels.measure.workloads import materialize, uniform
+from mla_kernels.reference import mla_decode_reference
 
 FROM_WHEELS = ("flash_mla", "fa3", "flashinfer_fa3", "flashinfer_fa2", "fa2_decompressed", "vllm_triton")
 
@@ -71,3 +73,29 @@ def test_the_check_sees_a_wrong_peer() -> None:
         return result
 
     assert points.check(inputs, replace(right, calls=[wrong]), seed=0).out_rel_l2 > 0.09
+
+
+@pytest.mark.parametrize(("s_q", "causal"), [(1, False), (3, True)])
+def test_flash_mla_is_given_the_output_that_it_wants(
+    s_q: int, causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shapes as its C++ interface checks and returns them; the oracle in the kernel's place."""
+
+    def dense_decode_fwd(q, kv_cache, head_dim_v, lengths, table, scale, is_causal, metadata, splits, out):
+        b, s_q, h_q, _ = q.shape
+        assert out.shape == (b, 1, s_q * h_q, head_dim_v) and out.is_contiguous() and out.dtype == q.dtype
+        assert (metadata is None) == (splits is None)
+        result, lse = mla_decode_reference(
+            q, kv_cache, table, lengths, softmax_scale=scale, causal=is_causal and s_q > 1
+        )
+        out.copy_(result.view(out.shape))
+        return out.view(b, 1, s_q, h_q, -1).transpose(1, 2).reshape(b, s_q, h_q, -1), lse, lengths, lengths
+
+    library = SimpleNamespace(dense_decode_fwd=dense_decode_fwd)
+    monkeypatch.setattr(flash_mla, "load_operators", lambda path, namespace: library)
+    workload = uniform(3, 130, h_q=4, s_q=s_q).model_copy(update={"lengths": [130, 64, 7], "causal": causal})
+    inputs = materialize(workload, device="cpu")
+    bound = PEERS["flash_mla"].bind(inputs)
+    assert points.check(inputs, bound, seed=0).out_rel_l2 < 5e-3
+    out, _ = bound.unpack(bound.calls[0]())
+    assert out.data_ptr() == bound.out.data_ptr(), "one output, allocated once"
