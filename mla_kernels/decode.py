@@ -79,6 +79,9 @@ def mla_decode(
     Runs on torch's current stream without a host synchronisation or a plan step, so a CUDA graph that
     captured it may be replayed after ``cache_seqlens``, ``block_table``, ``q`` or the cache changed in place.
 
+    Known defect: races where a sequence is split between CTAs can make a result wrong without an error
+    (README, Limits; tests/test_rings.py).
+
     Args:
         q: (b, s_q, h_q, 576) bf16 or fp16, contiguous: 512 absorbed + 64 rotary columns.
         kv_cache: (num_pages, 64, 1, 576) or (num_pages, 64, 576), of q's dtype: the page pool.
