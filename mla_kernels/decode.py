@@ -1,65 +1,28 @@
 """The decode operator: check, choose a kernel, launch (kernels: ``cuda/``; the truth: ``reference.py``)."""
 
-import ctypes
 import functools
 import math
 import os
 import warnings
+from typing import Literal
 
 import torch
 
-from mla_kernels import launch
 from mla_kernels.arguments import HEAD_DIM, HEAD_DIM_V, check_decode_arguments
+from mla_kernels.choice import active_table
 from mla_kernels.compiler import KernelConfig
 from mla_kernels.device import HOPPER, STILL_WORKS, DeviceUnavailable, capability
-from mla_kernels.tuning import DecodeTuning, active_table
+from mla_kernels.plan import DecodePlan
+from mla_kernels.tuning import DecodeTuning
 
 PAGE_SIZES = (64,)
 BLOCKS = ("stream", "mma", "skeleton")
 
-# Tensor cores truncate: a score summed in chains of 8 or 9 steps (bf16) comes out 8.5e-8 of itself too
-# small on average, in chains of 4 or 5 (fp16) 4.2e-8 (LSE of 45, H200). A little more than that makes the
-# worst row best (cuda/softmax.cuh, tests/test_truncation.py).
-_TRUNCATION = {torch.bfloat16: 1.1e-7, torch.float16: 7e-8}
-
-
-# What a launch looks up by what it has at hand; the answers come from tuning.active_table().
-@functools.cache
-def _config(dtype: torch.dtype, rows: int, work: str) -> KernelConfig:
-    return active_table().of_rows(rows).kernel_config(_element(dtype), work)
-
-
-@functools.cache
-def _rows_for(query_rows: int) -> int:
-    return active_table().serving(query_rows).rows
-
-
-def _element(dtype: torch.dtype) -> str:
-    return "bf16" if dtype == torch.bfloat16 else "fp16"
-
-
-def kernel_config(dtype: torch.dtype, query_rows: int, work: str = "decode") -> KernelConfig:
-    """The cubin that serves ``query_rows`` = s_q * h_q rows a sequence.
-
-    ``work`` "stream", "mma" or "skeleton" is the building block of that kernel instead.
-    """
-    return _config(dtype, _rows_for(query_rows), work)
-
 
 def shipped_configs() -> list[KernelConfig]:
     """Every instance that the operators can launch."""
-    variants = [tuning for _, tuning in active_table().entries]
+    variants = active_table().variants
     return [tuning.kernel_config(element) for element in ("bf16", "fp16") for tuning in variants]
-
-
-@functools.cache
-def _group_size(row_blocks: int, sms: int) -> int:
-    """Row blocks that walk the same KV side by side: as many as keep every SM busy: L2 serves them."""
-
-    def busy(group: int) -> float:
-        return row_blocks / (math.ceil(row_blocks / group) * group) * (sms // group * group / sms)
-
-    return max(range(1, min(row_blocks, 8) + 1), key=lambda group: (round(busy(group), 3), group))
 
 
 def mla_decode(
@@ -78,9 +41,6 @@ def mla_decode(
 
     Runs on torch's current stream without a host synchronisation or a plan step, so a CUDA graph that
     captured it may be replayed after ``cache_seqlens``, ``block_table``, ``q`` or the cache changed in place.
-
-    Known defect: races where a sequence is split between CTAs can make a result wrong without an error
-    (README, Limits; tests/test_rings.py).
 
     Args:
         q: (b, s_q, h_q, 576) bf16 or fp16, contiguous: 512 absorbed + 64 rotary columns.
@@ -102,108 +62,108 @@ def mla_decode(
             MLA_KERNELS_CHECK=1 also lengths and page ids out of range (this synchronises).
         DeviceUnavailable: the tensors are not on a CUDA device.
     """
-    check_decode_arguments(q, kv_cache, block_table, cache_seqlens, head_dim_v=head_dim_v, out=out)
-    scale = check_softmax_scale(softmax_scale)
     if torch.compiler.is_compiling():
+        check_decode_arguments(q, kv_cache, block_table, cache_seqlens, head_dim_v=head_dim_v, out=out)
+        scale = check_softmax_scale(softmax_scale)
         result, lse = torch.ops.mla_kernels.decode(q, kv_cache, block_table, cache_seqlens, scale, causal)
         result = result if out is None else out.copy_(result)
         return (result, lse) if return_lse else result
-    _check_cuda(q)
-    if os.environ.get("MLA_KERNELS_CHECK") == "1":
-        check_device_values(kv_cache, block_table, cache_seqlens)
-    if capability(q.device.index) != HOPPER:
-        return _decode_portable(q, kv_cache, block_table, cache_seqlens, scale, causal, out, return_lse)
-    _check_native(q, kv_cache, out)
-    b, s_q, h_q, _ = q.shape
-    if out is None:
-        out = torch.empty((b, s_q, h_q, HEAD_DIM_V), dtype=q.dtype, device=q.device)
-    lse = torch.empty((b, h_q, s_q), dtype=torch.float32, device=q.device)
-    if b:
-        config = kernel_config(q.dtype, s_q * h_q)
-        _launch(config, q, kv_cache, block_table, cache_seqlens, scale, causal, out, lse)
+    tensors = (q, kv_cache, block_table, cache_seqlens)
+    out, lse = _decode(tensors, out, head_dim_v, softmax_scale, causal)
     return (out, lse) if return_lse else out
 
 
-def decode_tuned(
-    tuning: DecodeTuning,
+def decode_variant(
+    variant: DecodeTuning | Literal["stream", "mma", "skeleton"],
     q: torch.Tensor,
     kv_cache: torch.Tensor,
     block_table: torch.Tensor,
     cache_seqlens: torch.Tensor,
     *,
     causal: bool = False,
-    out: torch.Tensor,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``mla_decode`` by the kernel that ``tuning`` says, whatever the table would choose: for the tuner."""
-    check_decode_arguments(q, kv_cache, block_table, cache_seqlens, out=out)
-    _check_cuda(q)
-    _check_native(q, kv_cache, out)
+    """``mla_decode`` by a named kernel, whatever the table would choose: for the tuner and the study.
+
+    ``variant``: a tuning, or a building block of the kernel that would serve these tensors, whose results
+    have no meaning: "stream", the paged loads without arithmetic; "mma", the WGMMA sequence without loads;
+    "skeleton", both without softmax and the exchange of P. Grid, schedule and epilogue are the kernel's own.
+    """
+    if isinstance(variant, str) and variant not in BLOCKS:
+        raise ValueError(f"variant is {variant!r}, must be a DecodeTuning or one of {', '.join(BLOCKS)}")
+    return _decode((q, kv_cache, block_table, cache_seqlens), out, HEAD_DIM_V, None, causal, variant)
+
+
+_plans: dict[tuple, DecodePlan | None] = {}
+_PLANS_KEPT = 4096
+
+
+def _decode(tensors, out, head_dim_v, softmax_scale, causal, variant=None):
+    q, kv_cache, block_table, cache_seqlens = tensors
+    try:
+        key = _key(q, kv_cache, block_table, cache_seqlens, head_dim_v, softmax_scale, causal, variant)
+        if out is not None:
+            key += (out.shape, out.stride(), out.dtype, out.device)
+        plan = _plans.get(key)
+    except (AttributeError, TypeError):  # no tensors: the check says which
+        plan = key = None
+    if plan is None:
+        plan = _make_plan(tensors, out, head_dim_v, softmax_scale, causal, variant)
+        if isinstance(plan, DecodePlan):
+            if len(_plans) >= _PLANS_KEPT:
+                _plans.clear()
+            _plans[key] = plan
+    if os.environ.get("MLA_KERNELS_CHECK") == "1":
+        check_device_values(kv_cache, block_table, cache_seqlens)
+    if plan is PORTABLE:
+        return _decode_portable(*tensors, check_softmax_scale(softmax_scale), causal, out)
     b, s_q, h_q, _ = q.shape
+    if out is None:
+        out = torch.empty((b, s_q, h_q, HEAD_DIM_V), dtype=q.dtype, device=q.device)
     lse = torch.empty((b, h_q, s_q), dtype=torch.float32, device=q.device)
-    config = tuning.kernel_config(_element(q.dtype))
-    _launch(config, q, kv_cache, block_table, cache_seqlens, HEAD_DIM**-0.5, causal, out, lse)
+    if b:
+        _check_alignment(q, kv_cache, out)
+        plan.run(q, kv_cache, block_table, cache_seqlens, out, lse)
     return out, lse
 
 
-def decode_block(
-    work: str,
-    q: torch.Tensor,
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    cache_seqlens: torch.Tensor,
-) -> None:
-    """Runs one building block of the kernel that would serve these tensors; what it computes has no meaning.
+def _key(q, kv_cache, block_table, cache_seqlens, *options) -> tuple:
+    """All that the checks look at, and a plan depends on: what was right once is so again."""
+    return (
+        q.shape,
+        kv_cache.shape,
+        block_table.shape,
+        cache_seqlens.shape,
+        q.stride(),
+        kv_cache.stride(),
+        block_table.stride(),
+        cache_seqlens.stride(),
+        q.dtype,
+        kv_cache.dtype,
+        block_table.dtype,
+        cache_seqlens.dtype,
+        q.device,
+        kv_cache.device,
+        block_table.device,
+        cache_seqlens.device,
+        *options,
+    )
 
-    ``work``: "stream", the paged loads without arithmetic; "mma", the WGMMA sequence without loads;
-    "skeleton", both without softmax and the exchange of P. Grid, schedule and epilogue are the kernel's own.
-    """
-    if work not in BLOCKS:
-        raise ValueError(f"work is {work!r}, must be one of {', '.join(BLOCKS)}")
-    check_decode_arguments(q, kv_cache, block_table, cache_seqlens)
-    _check_cuda(q)
-    _check_native(q, kv_cache, None)
-    b, s_q, h_q, _ = q.shape
-    out = torch.empty((b, s_q, h_q, HEAD_DIM_V), dtype=q.dtype, device=q.device)
-    lse = torch.empty((b, h_q, s_q), dtype=torch.float32, device=q.device)
-    config = kernel_config(q.dtype, s_q * h_q, work)
-    _launch(config, q, kv_cache, block_table, cache_seqlens, HEAD_DIM**-0.5, False, out, lse)
+
+PORTABLE = object()  # instead of a plan, on a GPU that is not Hopper
 
 
-def _launch(config, q, kv_cache, block_table, cache_seqlens, scale, causal, out, lse) -> None:
-    device = q.device.index
-    b, s_q, h_q, _ = q.shape
-    kernel = launch.load(config, "mla_decode", device, persistent=True)
-    rows = dict(config.defines)["MLA_ROWS"]
-    row_blocks = -(-s_q * h_q // rows)
-    sms = launch.sm_count(device)
-    group = _group_size(row_blocks, sms)
-    grid = sms // group * group
-    with torch.cuda.device(device):
-        launch.bind(device)
-        stream = launch.current_stream(device)
-        partials = torch.empty(2 * sms * rows * (HEAD_DIM_V + 4), dtype=torch.float32, device=q.device)
-        params = launch.DecodeParams(
-            kv_map=launch.kv_tensor_map(kv_cache),
-            q_map=launch.query_tensor_map(q, rows),
-            out=out.data_ptr(),
-            lse=lse.data_ptr(),
-            block_table=block_table.data_ptr(),
-            cache_seqlens=cache_seqlens.data_ptr(),
-            partials=partials.data_ptr(),
-            arrivals=launch.arrivals(device).address(stream),
-            softmax_scale_log2=scale * math.log2(math.e) * (1 + _TRUNCATION[q.dtype]),
-            b=b,
-            s_q=s_q,
-            h_q=h_q,
-            num_pages=kv_cache.shape[0],
-            max_pages=block_table.shape[1],
-            table_stride=block_table.stride(0),
-            row_blocks=row_blocks,
-            group=group,
-            row_groups=-(-row_blocks // group),
-            causal=bool(causal),
-        )
-        kernel.launch(grid, stream, (ctypes.c_void_p * 1)(ctypes.addressof(params)))
+def _make_plan(tensors, out, head_dim_v, softmax_scale, causal, variant):
+    q, kv_cache, block_table, _ = tensors
+    check_decode_arguments(*tensors, head_dim_v=head_dim_v, out=out)
+    scale = check_softmax_scale(softmax_scale)
+    if not q.is_cuda:
+        raise DeviceUnavailable(f"q is on {q.device}: mla_decode needs a CUDA device; {STILL_WORKS}")
+    if capability(q.device.index) != HOPPER:
+        return PORTABLE
+    _check_cache(kv_cache)
+    _check_alignment(q, kv_cache, out)
+    return DecodePlan(q, kv_cache, block_table, scale, causal, variant) if len(q) else None
 
 
 def check_softmax_scale(softmax_scale: float | None) -> float:
@@ -217,12 +177,7 @@ def check_softmax_scale(softmax_scale: float | None) -> float:
     return float(softmax_scale)
 
 
-def _check_cuda(q: torch.Tensor) -> None:
-    if not q.is_cuda:
-        raise DeviceUnavailable(f"q is on {q.device}: mla_decode needs a CUDA device; {STILL_WORKS}")
-
-
-def _check_native(q: torch.Tensor, kv_cache: torch.Tensor, out: torch.Tensor | None) -> None:
+def _check_cache(kv_cache: torch.Tensor) -> None:
     if kv_cache.shape[1] not in PAGE_SIZES:
         known = " or ".join(map(str, PAGE_SIZES))
         raise ValueError(
@@ -231,16 +186,21 @@ def _check_native(q: torch.Tensor, kv_cache: torch.Tensor, out: torch.Tensor | N
         )
     if kv_cache.shape[0] == 0:
         raise ValueError("kv_cache has no pages, must have at least 1: allocate the pool before decoding")
-    for name, tensor in (("q", q), ("kv_cache", kv_cache), ("out", out)):
-        if tensor is not None and tensor.data_ptr() % 16:
-            raise ValueError(
-                f"{name} starts at {tensor.data_ptr():#x}, must be aligned to 16 bytes: use .clone()"
-            )
     for dim in (0, 1):
         if kv_cache.stride(dim) % 8:
             raise ValueError(
                 f"kv_cache has strides {kv_cache.stride()}, those of pages and tokens must be multiples of 8 "
                 "elements (16 bytes): pad the pool"
+            )
+
+
+def _check_alignment(q: torch.Tensor, kv_cache: torch.Tensor, out: torch.Tensor | None) -> None:
+    if not (q.data_ptr() | kv_cache.data_ptr() | (0 if out is None else out.data_ptr())) % 16:
+        return
+    for name, tensor in (("q", q), ("kv_cache", kv_cache), ("out", out)):
+        if tensor is not None and tensor.data_ptr() % 16:
+            raise ValueError(
+                f"{name} starts at {tensor.data_ptr():#x}, must be aligned to 16 bytes: use .clone()"
             )
 
 
@@ -276,19 +236,12 @@ def _warn_portable(device: int) -> None:
     )
 
 
-def _decode_portable(q, kv_cache, block_table, cache_seqlens, scale, causal, out, return_lse):
+def _decode_portable(q, kv_cache, block_table, cache_seqlens, scale, causal, out):
     from mla_kernels import portable
 
     _warn_portable(q.device.index)
     return portable.mla_decode(
-        q,
-        kv_cache,
-        block_table,
-        cache_seqlens,
-        softmax_scale=scale,
-        causal=causal,
-        out=out,
-        return_lse=return_lse,
+        q, kv_cache, block_table, cache_seqlens, softmax_scale=scale, causal=causal, out=out
     )
 
 

@@ -7,6 +7,11 @@ from collections import OrderedDict
 
 import torch
 
+try:  # with this module, not in the first call: it takes a second
+    import cupy
+except ImportError:
+    cupy = None  # no GPU build is installed, and nothing here is called
+
 from mla_kernels.compiler import CompiledKernel, KernelConfig, compile_kernel
 
 _CU_TENSOR_MAP_BFLOAT16, _CU_TENSOR_MAP_FLOAT16 = 9, 6
@@ -55,10 +60,11 @@ class DecodeParams(ctypes.Structure):
         ("max_pages", ctypes.c_int),
         ("table_stride", ctypes.c_int),
         ("row_blocks", ctypes.c_int),
-        ("group", ctypes.c_int),
         ("row_groups", ctypes.c_int),
         ("causal", ctypes.c_int),
-        ("pad", ctypes.c_char * 36),
+        ("items_each", ctypes.c_int),
+        ("item_parts", ctypes.c_int),
+        ("pad", ctypes.c_char * 32),
     )
 
 
@@ -88,12 +94,18 @@ def sm_count(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+MOST_CTAS = 132  # whose parts of one item have room beside each other (cuda/merge.cuh)
+
+
+def cta_limit(device: int) -> int:
+    """CTAs of a persistent launch."""
+    return min(sm_count(device), MOST_CTAS)
+
+
 class LoadedKernel:
     """A cubin on one device, ready to launch: what does not change between calls is packed once."""
 
     def __init__(self, compiled: CompiledKernel, entry: str, device: int, attributes: tuple[int, ...]):
-        import cupy
-
         self.compiled = compiled
         with cupy.cuda.Device(device):
             self._module = cupy.RawModule(path=str(compiled.path))
@@ -106,16 +118,17 @@ class LoadedKernel:
         )
         self._config = _LaunchConfig(shared_bytes=compiled.config.shared_bytes)
         self._config.block[:] = (compiled.config.threads, 1, 1)
+        self._config.grid[2] = 1
         self._config.attributes = self._attributes
         self._config.attribute_count = len(attributes)
         self._config_ref = ctypes.byref(self._config)
         self._launch = _driver().cuLaunchKernelEx
         self._lock = threading.Lock()  # the packed launch configuration is shared
 
-    def launch(self, grid: int, stream: int, arguments: ctypes.Array) -> None:
+    def launch(self, grid: tuple[int, int], stream: int, arguments: ctypes.Array) -> None:
         """``arguments``: array of pointers to the kernel's parameters."""
         with self._lock:
-            self._config.grid[:] = (grid, 1, 1)
+            self._config.grid[0], self._config.grid[1] = grid
             self._config.stream = stream
             status = self._launch(self._config_ref, self._function, arguments, None)
         if status:
@@ -146,10 +159,6 @@ def load(config: KernelConfig, entry: str, device: int, *, persistent: bool) -> 
     return kernel
 
 
-_MAP_CACHE_SIZE = 1024  # a cache a layer, a few models
-_maps: "OrderedDict[tuple, ctypes.Array]" = OrderedDict()
-
-
 def kv_tensor_map(kv_cache: torch.Tensor) -> ctypes.Array:
     """Tensor map of a page pool (num_pages, page_size, [1,] 576): boxes of 64 tokens."""
     return _tensor_map(
@@ -168,12 +177,8 @@ def _tensor_map(
 ) -> ctypes.Array:
     """Map of (576 columns, *sizes), strides in elements: boxes of 64 columns x ``rows``, 128-byte swizzle.
 
-    Parts of a box outside the tensor are zero. Encoded once a tensor (by address, sizes and dtype) and kept.
+    Parts of a box outside the tensor are zero.
     """
-    key = (tensor.data_ptr(), sizes, strides, rows, tensor.dtype)
-    found = _maps.get(key)
-    if found is not None:
-        return found
     storage = (ctypes.c_uint64 * 32)()  # room to align by hand: the driver wants 64 bytes
     address = (ctypes.addressof(storage) + 127) // 128 * 128
     element = _CU_TENSOR_MAP_BFLOAT16 if tensor.dtype == torch.bfloat16 else _CU_TENSOR_MAP_FLOAT16
@@ -192,11 +197,7 @@ def _tensor_map(
         ctypes.c_int(0),
     )
     _check(status, f"cuTensorMapEncodeTiled of {tuple(tensor.shape)}, strides {tensor.stride()}")
-    encoded = (ctypes.c_uint64 * 16).from_buffer_copy(ctypes.string_at(address, 128))
-    _maps[key] = encoded
-    if len(_maps) > _MAP_CACHE_SIZE:
-        _maps.popitem(last=False)
-    return encoded
+    return (ctypes.c_uint64 * 16).from_buffer_copy(ctypes.string_at(address, 128))
 
 
 def current_stream(device: int) -> int:
@@ -205,31 +206,50 @@ def current_stream(device: int) -> int:
 
 
 _ARENA_SLOTS = 4096
+_STREAMS_KEPT = 8
 
 
-class Arrivals:
-    """The counters of split items: two a CTA, zero between launches (each leaves them as it found them).
+class Workspace:
+    """Where launches leave the parts of split items, and count those that have arrived.
 
-    Launches that may run at the same time need counters of their own: one slot a stream for eager calls, and
-    one a stream of each CUDA graph, which may be replayed beside anything.
+    The counters, two a CTA, are zero between launches (each leaves them as it found them). Launches that may
+    run at the same time need counters and room of their own: one slot a stream for eager calls, and one a
+    stream of each CUDA graph, which may be replayed beside anything. ``lock`` is held from ``addresses`` to
+    the launch, so that room is not given away in between.
     """
 
     def __init__(self, device: int):
         self._device = torch.device("cuda", device)
         self._bytes = sm_count(device) * 8
-        self._slots: dict[tuple[int, int], int] = {}  # (capture id or 0, stream) -> address
+        self._counters: dict[tuple[int, int], int] = {}  # (capture id or 0, stream) -> address
+        self._parts: OrderedDict[tuple[int, int], torch.Tensor] = OrderedDict()  # (stream, bytes)
         self._kept: list[torch.Tensor] = []  # alive as long as a graph may be replayed
         self._free: list[int] = []
-        self._lock = threading.Lock()
+        self._eager: dict[tuple[int, int], tuple[int, int]] = {}  # what was said to a stream
+        self.lock = threading.Lock()
 
-    def address(self, stream: int) -> int:
-        """The slot of a launch on ``stream``, of the graph being captured there or for eager calls."""
-        key = (capture_id(stream), stream)
-        found = self._slots.get(key)
+    def addresses(self, stream: int, part_bytes: int) -> tuple[int, int]:
+        """(parts, counters) of a launch on ``stream``, the current one: of the graph being captured there or
+        of eager calls."""
+        if torch._C._cuda_isCurrentStreamCapturing():
+            # of the graph's pool, which gives it to the next launch of the graph
+            parts = torch.empty(part_bytes, dtype=torch.uint8, device=self._device)
+            return parts.data_ptr(), self._counters_of(capture_id(stream), stream)
+        found = self._eager.get((stream, part_bytes))
         if found is None:
-            with self._lock:
-                found = self._slots[key] = self._take(capturing=key[0] != 0)
+            parts = torch.empty(part_bytes, dtype=torch.uint8, device=self._device)
+            found = self._eager[stream, part_bytes] = (parts.data_ptr(), self._counters_of(0, stream))
+            self._parts[stream, part_bytes] = parts
+            if len(self._parts) > _STREAMS_KEPT:  # its stream's next allocation comes after its launches
+                oldest, _ = self._parts.popitem(last=False)
+                del self._eager[oldest]
         return found
+
+    def _counters_of(self, capture: int, stream: int) -> int:
+        counters = self._counters.get((capture, stream))
+        if counters is None:
+            counters = self._counters[capture, stream] = self._take(capturing=capture != 0)
+        return counters
 
     def _take(self, capturing: bool) -> int:
         if not self._free:
@@ -237,9 +257,8 @@ class Arrivals:
             count = 1 if capturing else _ARENA_SLOTS
             arena = torch.zeros(count * self._bytes, dtype=torch.uint8, device=self._device)
             if not capturing:
-                torch.cuda.current_stream(
-                    self._device
-                ).synchronize()  # zero before another stream uses a slot
+                # zero before another stream uses a slot
+                torch.cuda.current_stream(self._device).synchronize()
             self._kept.append(arena)
             self._free = [arena.data_ptr() + i * self._bytes for i in reversed(range(count))]
         return self._free.pop()
@@ -262,15 +281,13 @@ _bound = threading.local()
 def bind(device: int) -> None:
     """Makes ``device``'s context current: a thread whose first CUDA call is a launch has none."""
     if device not in getattr(_bound, "devices", ()):
-        import cupy
-
         cupy.cuda.Device(device).use()
         _bound.devices = {*getattr(_bound, "devices", ()), device}
 
 
 @functools.cache
-def arrivals(device: int) -> Arrivals:
-    return Arrivals(device)
+def workspace(device: int) -> Workspace:
+    return Workspace(device)
 
 
 STREAM_READ = KernelConfig("stream_read.cu", (("MLA_BF16", 1),), "stream_read", shared_bytes=0, threads=512)
@@ -291,4 +308,4 @@ def stream_read(tensor: torch.Tensor) -> None:
         ctypes.c_uint64(_sink(device).data_ptr()),
     )
     pointers = (ctypes.c_void_p * 3)(*(ctypes.addressof(value) for value in values))
-    kernel.launch(2 * sm_count(device), current_stream(device), pointers)
+    kernel.launch((2 * sm_count(device), 1), current_stream(device), pointers)

@@ -1,22 +1,13 @@
-"""Every choice of the decode kernels: how each variant is built, and which serves how many query rows.
-
-``SHIPPED`` is the table for an H200. ``MLA_KERNELS_TUNING`` names a record of the tuner (a JSON file that
-``python -m mla_kernels.measure tune`` wrote on the GPU at hand) whose table is used instead.
-"""
+"""Every choice in how a variant of the decode kernels is built. (Which serves which call: ``choice.py``.)"""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import json
-import os
 from dataclasses import dataclass
 from typing import Literal
 
 from .compiler import KernelConfig
 
-VARIABLE = "MLA_KERNELS_TUNING"
-REMEDY = f"tune again with `python -m mla_kernels.measure tune`, or unset {VARIABLE}"
 ROWS = (8, 16, 32, 64)  # query rows a CTA: decode_swapped.cu, the last decode_rows.cu
 WORK = {"decode": 0, "stream": 1, "mma": 2, "skeleton": 3}  # enum class Work of cuda/producer.cuh
 
@@ -45,6 +36,8 @@ class DecodeTuning:
         rotary_slots: boxes of rotary columns in it, which P takes the place of.
         value_registers, score_registers, producer_registers: of a thread of those warpgroups.
         item_units: what an item costs besides its tiles, in tiles, for the schedule.
+        min_tiles: of a share, before an item is split further.
+        align_percent: by how much a share may grow so that its ends fall on those of items of equal length.
         register_steps: 64 rows: of the 36 steps of QK^T those whose queries stay in registers.
         ahead_boxes: 64 rows: boxes of a tile that are multiplied under the softmax of the tile before.
         programmatic: start before the kernel ahead in the stream has ended (it waits by itself).
@@ -57,6 +50,8 @@ class DecodeTuning:
     score_registers: int
     producer_registers: int = 32
     item_units: int = 1
+    min_tiles: int = 1
+    align_percent: int = 7
     register_steps: int = 0
     ahead_boxes: int = 0
     programmatic: bool = True
@@ -66,10 +61,13 @@ class DecodeTuning:
             value, wanted = getattr(self, field.name), bool if field.type == "bool" else int
             if type(value) is not wanted:
                 raise TuningError(f"{field.name} is {value!r}, must be of type {wanted.__name__}: correct it")
-        _require(self.rows in ROWS, "rows", self.rows, f"one of {', '.join(map(str, ROWS))}", "choose one")
-        _require(
+        require(self.rows in ROWS, "rows", self.rows, f"one of {', '.join(map(str, ROWS))}", "choose one")
+        require(
             self.item_units >= 1, "item_units", self.item_units, "at least 1", "empty requests need a unit"
         )
+        require(self.min_tiles >= 1, "min_tiles", self.min_tiles, "at least 1", "a share has a tile")
+        fits = 0 <= self.align_percent <= 100
+        require(fits, "align_percent", self.align_percent, "in [0, 100]", "shares may at most double")
         self._check_registers()
         self._check_ring()
         if self.shared_bytes > SHARED_LIMIT:
@@ -88,9 +86,9 @@ class DecodeTuning:
         ):
             value = getattr(self, name)
             fits = value % 8 == 0 and least <= value <= most
-            _require(fits, name, value, f"a multiple of 8 in [{least}, {most}]", "setmaxnreg takes no other")
+            require(fits, name, value, f"a multiple of 8 in [{least}, {most}]", "setmaxnreg takes no other")
         total = 2 * self.value_registers + self.score_registers + self.producer_registers
-        _require(
+        require(
             total <= REGISTER_LIMIT,
             "2 value_registers + score_registers + producer_registers",
             total,
@@ -99,33 +97,24 @@ class DecodeTuning:
         )
 
     def _check_ring(self) -> None:
-        # 64 rows: an absorbed part's sums come two tiles apart, and must not wait for each other's place
-        # (PartPieces of cuda/merge.cuh).
-        least = 3 if self.rows == 64 else 2
-        _require(
-            self.rotary_slots >= least,
-            "rotary_slots",
-            self.rotary_slots,
-            f"at least {least}",
-            "else it hangs",
-        )
+        require(self.rotary_slots >= 2, "rotary_slots", self.rotary_slots, "at least 2", "else it hangs")
         if self.rows != 64:
             for name in ("register_steps", "ahead_boxes"):
                 value = getattr(self, name)
-                _require(
+                require(
                     value == 0, name, value, f"0 for {self.rows} rows", "decode_swapped.cu does not read it"
                 )
         else:
             most = BOXES * STEPS_PER_BOX - 1
             fits = 1 <= self.register_steps <= most
-            _require(fits, "register_steps", self.register_steps, f"in [1, {most}]", "some in either memory")
+            require(fits, "register_steps", self.register_steps, f"in [1, {most}]", "some in either memory")
             fits = 1 <= self.ahead_boxes < BOXES
-            _require(
+            require(
                 fits, "ahead_boxes", self.ahead_boxes, f"in [1, {BOXES - 1}]", "two chains need two parts"
             )
         # A tile, and of the next one what is multiplied before this one is given back.
         least = GROUPS + max(1, -(-self.ahead_boxes // GROUP_BOXES))
-        _require(
+        require(
             self.group_slots >= least,
             "group_slots",
             self.group_slots,
@@ -157,13 +146,13 @@ class DecodeTuning:
         end = values + rotary + barriers + queries
         if self.rows != 64:  # the queries have barriers, and stand at a multiple of 1,024
             end = _up(values + rotary + barriers, 1024) + queries + 16
-        sums = _up(3 * self.rows * 4 + self.rows * _PART_WEIGHTS, 8) + 3 * 8
+        sums = 3 * self.rows * 4 + 3 * 8
         moved = self.rotary_slots * self.rows * 4 + self.rotary_slots * (16 if self.rows == 64 else 4)
         across_warps = 0 if self.rows == 64 else 4 * self.rows * 4
         queue = _up(3 * _WORK_ITEM, 8) + 6 * 8
         end = end + sums + moved + across_warps
-        end = _up(end, 8) + (0 if self.rows == 64 else 4 * self.rows * 8)
-        end = _up(end + queue + _WORK_ITEM, 8) + 8
+        end = _up(end, 8) + (0 if self.rows == 64 else 4 * self.rows * 8 + self.rows * 4)
+        end = _up(end, 8) + queue + _WORK_ITEM
         end = _up(end, 8 if self.rows == 64 else 1024)
         rest = end - values - rotary - queries
         return (
@@ -181,6 +170,8 @@ class DecodeTuning:
             ("MLA_ROWS", self.rows),
             ("MLA_PAGE_SIZE", 64),
             ("MLA_ITEM_UNITS", self.item_units),
+            ("MLA_MIN_TILES", self.min_tiles),
+            ("MLA_ALIGN_PERCENT", self.align_percent),
             ("MLA_GROUP_SLOTS", self.group_slots),
             ("MLA_ROTARY_SLOTS", self.rotary_slots),
             ("MLA_VALUE_REGISTERS", self.value_registers),
@@ -199,7 +190,7 @@ class DecodeTuning:
 
     def changes(self) -> str:
         """What differs from the shipped variant of these rows: "ahead_boxes=1,group_slots=4", or nothing."""
-        shipped = SHIPPED.of_rows(self.rows)
+        shipped = VARIANTS[self.rows]
         return ",".join(
             f"{field.name}={getattr(self, field.name):d}"
             for field in dataclasses.fields(self)
@@ -222,97 +213,31 @@ class DecodeTuning:
                 )
             changes[name] = kinds[name](int(value))
         rows = changes.get("rows")
-        _require(rows in ROWS, f"rows of {text!r}", rows, f"one of {', '.join(map(str, ROWS))}", "name them")
-        return dataclasses.replace(SHIPPED.of_rows(rows), **changes)
+        require(rows in ROWS, f"rows of {text!r}", rows, f"one of {', '.join(map(str, ROWS))}", "name them")
+        return dataclasses.replace(VARIANTS[rows], **changes)
 
 
-# sizeof of what cuda/merge.cuh and cuda/schedule.cuh keep in shared memory (tests/test_tuning.py compares).
-_PART_WEIGHTS, _WORK_ITEM = 12, 44
+# sizeof(WorkItem) of cuda/schedule.cuh (tests/test_tuning.py compares).
+_WORK_ITEM = 48
 
 
 def _up(size: int, alignment: int) -> int:
     return -(-size // alignment) * alignment
 
 
-def _require(condition: bool, name: str, value: object, limit: str, remedy: str) -> None:
+def require(condition: bool, name: str, value: object, limit: str, remedy: str) -> None:
     if not condition:
         raise TuningError(f"{name} is {value}, must be {limit}: {remedy}")
 
 
-@dataclass(frozen=True)
-class TuningTable:
-    """Which variant serves how many query rows: (most rows, or None for any number; variant), ascending."""
-
-    entries: tuple[tuple[int | None, DecodeTuning], ...]
-
-    def __post_init__(self) -> None:
-        limits = [limit for limit, _ in self.entries]
-        rows = [tuning.rows for _, tuning in self.entries]
-        bounded = limits[:-1]
-        ascending = all(type(x) is int and x > 0 for x in bounded) and bounded == sorted(set(bounded))
-        if not limits or limits[-1] is not None or not ascending:
-            raise TuningError(
-                f"limits of a table are {limits}, must ascend and end in None: order the entries"
-            )
-        if rows != sorted(set(rows)):
-            raise TuningError(f"rows of a table are {rows}, must ascend: let each variant serve one range")
-
-    def of_rows(self, rows: int) -> DecodeTuning:
-        """The variant with so many rows a CTA. Raises KeyError where the table has none."""
-        return {tuning.rows: tuning for _, tuning in self.entries}[rows]
-
-    def serving(self, query_rows: int) -> DecodeTuning:
-        """The variant for s_q * h_q rows a sequence."""
-        return next(tuning for limit, tuning in self.entries if limit is None or query_rows <= limit)
-
-    def to_json(self) -> list[dict]:
-        """As a record keeps it."""
-        return [{"up_to": limit, **dataclasses.asdict(tuning)} for limit, tuning in self.entries]
-
-    @classmethod
-    def from_json(cls, entries: list[dict]) -> TuningTable:
-        """Raises TuningError for what is no table."""
-        try:
-            split = [(entry["up_to"], {k: v for k, v in entry.items() if k != "up_to"}) for entry in entries]
-            return cls(tuple((limit, DecodeTuning(**fields)) for limit, fields in split))
-        except (TypeError, KeyError, AttributeError) as error:
-            raise TuningError(
-                f"entry of a table: {type(error).__name__}: {error}: name every field"
-            ) from None
-
-
-# 128 accumulators of a value thread of 64 rows begin at R24, which makes 154; the scores get what is left.
-SHIPPED = TuningTable(
-    (
-        (8, DecodeTuning(8, 6, 2, value_registers=136, score_registers=208)),
-        (16, DecodeTuning(16, 5, 4, value_registers=136, score_registers=208)),
-        (32, DecodeTuning(32, 5, 3, value_registers=136, score_registers=208)),
-        (
-            None,
-            DecodeTuning(64, 5, 3, 160, 160, item_units=3, register_steps=16, ahead_boxes=2),
-        ),
+# Those that ship, by rows: for an H200. 128 accumulators of a value thread of 64 rows begin at R24, which
+# makes 154; the scores get what is left.
+VARIANTS = {
+    tuning.rows: tuning
+    for tuning in (
+        DecodeTuning(8, 6, 2, value_registers=136, score_registers=208),
+        DecodeTuning(16, 5, 4, value_registers=136, score_registers=208),
+        DecodeTuning(32, 5, 3, value_registers=136, score_registers=208),
+        DecodeTuning(64, 5, 3, 160, 160, item_units=3, register_steps=16, ahead_boxes=2),
     )
-)
-
-
-def load_table(path: str | os.PathLike) -> TuningTable:
-    """The table of a tuner's record. Raises TuningError, naming file and remedy, where it has none."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            record = json.load(file)
-        entries = record["tuning"] if isinstance(record, dict) else None
-    except (OSError, ValueError, KeyError) as error:
-        raise TuningError(f"{path}: {type(error).__name__}: {error}; {REMEDY}") from None
-    if not isinstance(entries, list):
-        raise TuningError(f"{path}: tuning: holds no table; {REMEDY}")
-    try:
-        return TuningTable.from_json(entries)
-    except TuningError as error:
-        raise TuningError(f"{path}: tuning: {error}; {REMEDY}") from None
-
-
-@functools.cache
-def active_table() -> TuningTable:
-    """The table in use, read once a process: the record's that ``MLA_KERNELS_TUNING`` names, or shipped."""
-    path = os.environ.get(VARIABLE)
-    return load_table(path) if path else SHIPPED
+}

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from mla_kernels import compiler, decode
+from mla_kernels import compiler, decode, plan
 
 BLOCKS = ("stream", "mma", "skeleton")
 # A tile's groups and its rotary box; queries by themselves, or as a tile of their own.
@@ -30,7 +30,8 @@ def test_shipped_kernel(config):
 def test_building_block(work, query_rows):
     import torch
 
-    config = decode.kernel_config(torch.bfloat16, query_rows, work)
+    config = plan.kernel_config(torch.bfloat16, query_rows, b=128, pages=64, variant=work)
+    assert dict(config.defines)["MLA_ROWS"] == query_rows
     report = compiler.resource_report(compiler.compile_kernel(config))
     assert report.stack_bytes == 0 and report.local_loads == 0
     assert (report.hgmma > 0) == (work != "stream")

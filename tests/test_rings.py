@@ -7,50 +7,59 @@ from pathlib import Path
 
 import pytest
 
-from mla_kernels import compiler, decode
+from mla_kernels.choice import active_table
+from mla_kernels.compiler import CUDA_DIR
 
 HOST = Path(__file__).parent / "on_host"
 LAYOUTS = {  # of the ring, by query rows a CTA
-    dict(config.defines)["MLA_ROWS"]: config.defines
-    for config in decode.shipped_configs()
-    if dict(config.defines)["MLA_BF16"]
+    tuning.rows: dict(tuning.kernel_config("bf16").defines) for tuning in active_table().variants
 }
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to run the warps on the CPU")
 
 
-def play(folder: Path, sources: Path, headers: Path, rows: int, cases: int, **changed: int) -> str:
-    """What the simulator says of the layout of ``rows``, with some of its macros ``changed``."""
-    macros = [f"-D{name}={value}" for name, value in (dict(LAYOUTS[rows]) | changed).items()]
-    command = [
-        "g++",
-        "-std=c++17",
-        "-O1",
-        "-w",
-        f"-I{headers}",
-        f"-I{sources}",
-        *macros,
-        "-o",
-        folder / "rings",
-    ]
-    subprocess.run([*command, sources / "rings.cpp"], check=True, capture_output=True, timeout=120)
-    played = subprocess.run([folder / "rings", "1", str(cases)], capture_output=True, text=True, timeout=240)
+def build(folder: Path, rows: int, sources: Path = HOST, headers: Path = CUDA_DIR, **changed: int) -> Path:
+    """The simulator with the layout of ``rows``, some of its macros ``changed``."""
+    macros = [f"-D{name}={value}" for name, value in (LAYOUTS[rows] | changed).items()]
+    command = ["g++", "-std=c++17", "-O1", "-w", f"-I{headers}", f"-I{sources}", *macros]
+    binary = folder / "rings"
+    subprocess.run(
+        [*command, "-o", binary, sources / "rings.cpp"], check=True, capture_output=True, timeout=120
+    )
+    return binary
+
+
+def play(rings: Path, cases: int, seed: int = 1) -> str:
+    """What the simulator says."""
+    played = subprocess.run([rings, str(seed), str(cases)], capture_output=True, text=True, timeout=240)
     return played.stdout.strip()
 
 
-@pytest.mark.parametrize("rows", LAYOUTS)
+@pytest.mark.parametrize("rows", [rows for rows in LAYOUTS if rows < 32])
 def test_every_buffer_reaches_its_readers(rows: int, tmp_path: Path) -> None:
-    assert play(tmp_path, HOST, compiler.CUDA_DIR, rows, cases=400) == "ok"
+    assert play(build(tmp_path, rows), cases=1000) == "ok"
+
+
+@pytest.mark.parametrize("rows", [32, 64])
+def test_no_race_in_many_cases(rows: int, tmp_path: Path) -> None:
+    """Races of split items were once so rare that 400 cases missed them."""
+    rings = build(tmp_path, rows)
+    assert [play(rings, cases=2500, seed=seed) for seed in (1, 4)] == ["ok", "ok"]
 
 
 OTHERS_BOX = "a reader found another box's data"
 DEADLOCK = "nothing moves: a deadlock"
 TOO_MANY = "an arrival too many in a phase: the hardware raises an illegal instruction"
-
-
 NOT_SCORED = "a tile was multiplied before it was scored"
+BAD_PAGE = "a page outside the pool was not reported in time"
+WRONG_TILES = "a result is not that of its tiles"
+UNWRITTEN = "a part was announced before it was written"
+WRONG_PARTS = "a result is not that of its parts"
+WRONG_LSE = "an LSE is not that of its parts"
 COUNTERS = "counters are not as the next launch expects them"
-WRONG_RESULT = "a result is not that of its parts"
+NOT_STORED, STORED_TWICE = "a result was not stored", "a result is stored twice"
+NOT_WAITED = "a copy was never waited for"
+PAST_TILES = "a copy goes past the tiles"
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,18 @@ class Fault:
     rows: int = 64
 
 
+READ_AND_RELEASE = (
+    "        by_warp([&] { read_operands(ordinal); });\n",
+    "        smem.ring.release(ordinal, kHalf);\n",
+)
+WRITE_AND_ANNOUNCE = (
+    "#pragma unroll\n"
+    "    for (int j = 0; j < kVectors<kRows>; ++j) o[j][thread % 32] = values.vector(j);\n"
+    "    __syncwarp();\n",
+    "    if ((threadIdx.x & 31) == 0) red_add_release(&p.arrivals[2 * w.first_cta], 1);\n",
+)
+MERGE_MEETING = "named_barrier_sync(kBarrierMerge, kMergeThreads);"
+
 FAULTS = {
     "one value warpgroup's release is enough": Fault(
         "mbarrier_init(&rotary_empty[i], kValueThreads / 32)",
@@ -74,14 +95,8 @@ FAULTS = {
         "mbarrier_init(&group_empty[i], kWarpgroup / 32 - 1)",
         (TOO_MANY, OTHERS_BOX),
     ),
-    "values release a tile before they have read P": Fault(
-        "        read(smem.ring.box(ordinal, kRotaryBox), kBoxBytes, Scores::probabilities(ordinal));\n",
-        "        each_lane([&] { smem.ring.release(ordinal, kHalf); });\n"
-        "        read(smem.ring.box(ordinal, kRotaryBox), kBoxBytes, Scores::probabilities(ordinal));\n"
-        "        last_tile[threadIdx.x / 32] = ordinal;\n"
-        "        for (float4& v : o) v = make_float4(v.x + 1.f, v.y + 1.f, v.z + 1.f, v.w + 1.f);\n"
-        "        return;\n",
-        (OTHERS_BOX,),
+    "values release a tile before they have read it": Fault(
+        "".join(READ_AND_RELEASE), "".join(reversed(READ_AND_RELEASE)), (OTHERS_BOX,)
     ),
     "P is written while a warp reads the rotary box": Fault(
         "named_barrier_sync(kBarrierScore, kScoreThreads);  // all have read the rotary box\n",
@@ -91,7 +106,7 @@ FAULTS = {
     "the rotary box is not waited for": Fault(
         "if (c == kRotaryBox) mbarrier_wait(&rotary_full[rotary_slot(ordinal)], rotary_phase(ordinal));",
         "if (c == kRotaryBox) return;",
-        (OTHERS_BOX, WRONG_RESULT),
+        (OTHERS_BOX,),
     ),
     "rotary boxes take the groups' phases": Fault(
         "return ordinal / kRotarySlots & 1;",
@@ -106,34 +121,68 @@ FAULTS = {
         "",
         (NOT_SCORED,),
     ),
-    "the announcer is no reader of the queue": Fault(
-        "(kValueThreads + kScoreThreads) / 32 + 2",
+    "the loader is no reader of the queue": Fault(
         "(kValueThreads + kScoreThreads) / 32 + 1",
-        (DEADLOCK, TOO_MANY, COUNTERS),
+        "(kValueThreads + kScoreThreads) / 32 + 0",
+        (NOT_STORED, STORED_TWICE, DEADLOCK),
     ),
     "queries are replaced while they are in use": Fault(
         "mbarrier_wait(&q.empty, (loaded & 1) ^ 1);", "", (OTHERS_BOX, TOO_MANY), rows=16
     ),
-    "a bad page is not reported": Fault(
-        "w.invalid = true;",
-        "w.invalid = false;",
-        ("a page outside the pool was not reported in time",),
+    "a bad page is not reported": Fault("w.invalid = true;", "w.invalid = false;", (BAD_PAGE,)),
+    "rows past the sequence stay as they are": Fault(
+        "if (valid < kTileTokens) zero", "if (valid < 0) zero", (OTHERS_BOX,)
     ),
     "sums are taken before they are there": Fault(
-        "smem.sums.wait(index);\n            if",
-        "smem.sums.n[index % 3];\n            if",
-        (WRONG_RESULT,),
+        "const float* sums = smem.sums.wait(index);",
+        "const float* sums = smem.sums.n[index % ItemQueue::kSlots];",
+        (WRONG_TILES, UNWRITTEN),
     ),
-    "parts are streamed before they are there": Fault(
-        "spin_until(arrived, w.parts - 1);", "", (WRONG_RESULT, COUNTERS)
+    "a part is announced before it is written": Fault(
+        "".join(WRITE_AND_ANNOUNCE), "".join(reversed(WRITE_AND_ANNOUNCE)), (UNWRITTEN,)
     ),
-    "pieces of parts are not released": Fault(
-        "            ring.release_group(ordinal, g);\n", "", (DEADLOCK,)
+    "a part is announced by the first of a warp's lanes": Fault(
+        "".join(WRITE_AND_ANNOUNCE), "".join(WRITE_AND_ANNOUNCE).replace("__syncwarp();", ""), (UNWRITTEN,)
     ),
-    "a part is announced before it was written": Fault(
-        "mbarrier_wait(part_written, phase);",
+    "parts are merged before they are there": Fault(
+        "if (thread == 0) spin_until(&p.arrivals[2 * w.first_cta], all_arrivals(w));",
         "",
-        ("a part was announced before it was written",),
+        (WRONG_PARTS, COUNTERS),
+    ),
+    "a warp's arrival stands for its CTA's": Fault(
+        "return w.parts * (kValueThreads / 32);", "return w.parts;", (WRONG_PARTS, COUNTERS)
+    ),
+    "parts are copied over tiles that are read": Fault(
+        f"    {MERGE_MEETING}\n    if (smem.to_merge.request >= 0)",
+        "    if (smem.to_merge.request >= 0)",
+        (OTHERS_BOX, DEADLOCK, COUNTERS, PAST_TILES),
+    ),
+    "stats are weighed before they have landed": Fault(
+        f"copy_async_wait<1>();\n                {MERGE_MEETING}", MERGE_MEETING, (WRONG_PARTS, WRONG_LSE)
+    ),
+    "stats are weighed before others' have landed": Fault(
+        f"copy_async_wait<1>();\n                {MERGE_MEETING}",
+        "copy_async_wait<1>();",
+        (WRONG_PARTS, WRONG_LSE),
+    ),
+    "pieces are added before they have landed": Fault("copy_async_wait<0>();", "", (WRONG_PARTS, NOT_WAITED)),
+    "pieces are replaced while a warp adds them": Fault(
+        f"{MERGE_MEETING}  // all have read the chunk", "", (WRONG_PARTS,)
+    ),
+    "sums replace pieces that a warp adds": Fault(
+        f"{MERGE_MEETING}  // all have read the parts", "", (WRONG_PARTS,), rows=8
+    ),
+    "warps that add nothing stay away": Fault(
+        "if (team < teams) v = sum(",
+        "if (team == teams) break;\n                v = sum(",
+        (DEADLOCK,),
+        rows=8,
+    ),
+    "who merges does not count those that leave": Fault(
+        "w.slices - 1)) arrived[0]", "w.parts - 1)) arrived[0]", (COUNTERS,)
+    ),
+    "to whom the last part goes on does not matter": Fault(
+        "w.part < w.slices", "w.part < w.parts", (DEADLOCK, COUNTERS, WRONG_PARTS, NOT_STORED)
     ),
 }
 
@@ -141,21 +190,22 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
 def test_a_fault_is_seen(fault: Fault, tmp_path: Path) -> None:
     headers, sources = tmp_path / "cuda", tmp_path / "on_host"
-    shutil.copytree(compiler.CUDA_DIR, headers)
+    shutil.copytree(CUDA_DIR, headers)
     shutil.copytree(HOST, sources)
-    files = [*headers.iterdir(), sources / "rings.cpp"]
+    files = [*headers.iterdir(), *sources.iterdir()]
     [path] = [path for path in files if fault.before in path.read_text()]
     path.write_text(path.read_text().replace(fault.before, fault.after))
-    assert play(tmp_path, sources, headers, fault.rows, cases=400) in fault.complaints
+    assert play(build(tmp_path, fault.rows, sources, headers), cases=1000) in fault.complaints
+
+
+SHORTEST = {"MLA_GROUP_SLOTS": 3, "MLA_ROTARY_SLOTS": 2}
+
+
+@pytest.mark.parametrize("rows", [8, 64])
+def test_the_shortest_ring_is_long_enough(rows: int, tmp_path: Path) -> None:
+    assert play(build(tmp_path, rows, **SHORTEST), cases=300) == "ok"
 
 
 def test_a_ring_too_short_is_seen(tmp_path: Path) -> None:
-    """The stats of all parts that a CTA absorbs lie in rotary boxes at once: here two would take the same."""
-    assert play(tmp_path, HOST, compiler.CUDA_DIR, 64, cases=200, MLA_ROTARY_SLOTS=2) == DEADLOCK
-
-
-@pytest.mark.xfail(reason="known races of split items, README: Limits", strict=True)
-@pytest.mark.parametrize("rows", [32, 64])
-def test_no_race_in_many_cases(rows: int, tmp_path: Path) -> None:
-    """32 rows: a part is announced before it is written. 64: a piece is read before it has landed."""
-    assert play(tmp_path, HOST, compiler.CUDA_DIR, rows, cases=3000) == "ok"
+    """Scores want the second group of the next tile before values may give back either of this one."""
+    assert play(build(tmp_path, 64, **SHORTEST, MLA_AHEAD_BOXES=5), cases=200) == DEADLOCK

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from mla_kernels.decode import _TRUNCATION
+from mla_kernels.plan import _TRUNCATION
 
 STEPS, STEPS_A_BOX = 36, 4  # 576 columns in steps of 16, boxes of 64
 

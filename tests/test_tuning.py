@@ -1,21 +1,20 @@
-"""The kernels' configuration: what cannot run is refused with its limit, the table serves every call."""
+"""How variants are built: what cannot run is refused with its limit, names say what changed."""
 
 import dataclasses
-import json
 import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mla_kernels import compiler, decode, tuning
-from mla_kernels.tuning import ROWS, SHIPPED, DecodeTuning, TuningError, TuningTable
+from mla_kernels import compiler, tuning
+from mla_kernels.tuning import ROWS, VARIANTS, DecodeTuning, TuningError
 
-OF_64 = SHIPPED.of_rows(64)
+OF_64 = VARIANTS[64]
 
 
 def replaced(of_rows=64, **changes):
-    return dataclasses.replace(SHIPPED.of_rows(of_rows), **changes)
+    return dataclasses.replace(VARIANTS[of_rows], **changes)
 
 
 @pytest.mark.parametrize(
@@ -30,11 +29,11 @@ def replaced(of_rows=64, **changes):
         (
             64,
             {"register_steps": 12},
-            r"shared memory is 24\d,\d{3} bytes .* at most 232,448: take fewer group",
+            r"shared memory is 23\d,\d{3} bytes .* at most 232,448: take fewer group",
         ),
         (64, {"group_slots": 6}, r"shared memory is"),
         (8, {"group_slots": 7}, r"shared memory is"),
-        (64, {"rotary_slots": 2}, r"rotary_slots is 2, must be at least 3"),
+        (64, {"rotary_slots": 1}, r"rotary_slots is 1, must be at least 2"),
         (16, {"rotary_slots": 1}, r"rotary_slots is 1, must be at least 2"),
         (64, {"group_slots": 2}, r"group_slots is 2, must be at least 3"),
         (64, {"group_slots": 3, "ahead_boxes": 5}, r"group_slots is 3, must be at least 4"),
@@ -43,6 +42,9 @@ def replaced(of_rows=64, **changes):
         (64, {"register_steps": 36}, r"register_steps is 36, must be in \[1, 35\]"),
         (32, {"ahead_boxes": 1}, r"ahead_boxes is 1, must be 0 for 32 rows"),
         (64, {"item_units": 0}, r"item_units is 0, must be at least 1"),
+        (64, {"min_tiles": 0}, r"min_tiles is 0, must be at least 1"),
+        (64, {"align_percent": -1}, r"align_percent is -1, must be in \[0, 100\]"),
+        (8, {"align_percent": 101}, r"align_percent is 101, must be in \[0, 100\]"),
         (64, {"ahead_boxes": 2.0}, r"ahead_boxes is 2\.0, must be of type int"),
         (64, {"programmatic": 1}, r"programmatic is 1, must be of type bool"),
     ],
@@ -61,6 +63,8 @@ values = st.fixed_dictionaries(
         "score_registers": st.integers(2, 32).map(lambda n: 8 * n) | st.integers(0, 300),
         "producer_registers": st.integers(2, 17).map(lambda n: 8 * n) | st.integers(0, 300),
         "item_units": st.integers(-1, 9),
+        "min_tiles": st.integers(-1, 9),
+        "align_percent": st.integers(-10, 120),
         "register_steps": st.integers(-1, 40),
         "ahead_boxes": st.integers(-1, 10),
         "programmatic": st.booleans(),
@@ -81,6 +85,7 @@ def test_a_tuning_is_within_every_limit_or_refused_in_words(fields):
     assert sum(size for _, size in made.shared_plan()) == made.shared_bytes <= 227 * 1024
     assert all(size > 0 for _, size in made.shared_plan())
     assert made.group_slots >= 3 and made.rotary_slots >= 2 and made.item_units >= 1
+    assert made.min_tiles >= 1 and 0 <= made.align_percent <= 100
     assert DecodeTuning.parse(",".join(filter(None, (f"rows={made.rows}", made.changes())))) == made
 
 
@@ -114,7 +119,7 @@ def test_the_plan_of_shared_memory_is_the_kernels(rows, changes):
 
 @pytest.mark.parametrize("rows", ROWS)
 def test_macros_name_every_choice_that_a_cubin_has(rows):
-    made = SHIPPED.of_rows(rows)
+    made = VARIANTS[rows]
     macros = dict(made.kernel_config("bf16").defines)
     for field in dataclasses.fields(DecodeTuning):
         if field.name != "programmatic":
@@ -122,7 +127,7 @@ def test_macros_name_every_choice_that_a_cubin_has(rows):
 
 
 def test_names_of_cubins_tell_variants_apart():
-    variants = [OF_64, replaced(ahead_boxes=1), replaced(ahead_boxes=1, item_units=1), SHIPPED.of_rows(8)]
+    variants = [OF_64, replaced(ahead_boxes=1), replaced(ahead_boxes=1, item_units=1), VARIANTS[8]]
     names = {v.kernel_config(e, w).name for v in variants for e in ("bf16", "fp16") for w in tuning.WORK}
     assert len(names) == len(variants) * 2 * 4
     assert OF_64.kernel_config("bf16").name == "decode_rows-bf16-64"
@@ -138,6 +143,7 @@ def test_a_name_says_what_changed():
     made = replaced(ahead_boxes=1, programmatic=False)
     assert made.changes() == "ahead_boxes=1,programmatic=0"
     assert DecodeTuning.parse("rows=64,ahead_boxes=1,programmatic=0") == made
+    assert replaced(min_tiles=2, align_percent=0).changes() == "min_tiles=2,align_percent=0"
     assert OF_64.changes() == "" and DecodeTuning.parse("rows=64") == OF_64
 
 
@@ -150,85 +156,5 @@ def test_a_wrong_name_is_refused(text):
         DecodeTuning.parse(text)
 
 
-@given(st.integers(1, 2000))
-def test_the_shipped_table_serves_every_call(query_rows):
-    expected = next((rows for rows in ROWS if query_rows <= rows), 64)
-    assert SHIPPED.serving(query_rows).rows == expected
-
-
-@pytest.mark.parametrize(
-    "entries",
-    [
-        (),
-        ((64, OF_64),),
-        ((None, OF_64), (None, OF_64)),
-        ((8, OF_64), (None, SHIPPED.of_rows(8))),
-        ((32, SHIPPED.of_rows(8)), (16, SHIPPED.of_rows(16)), (None, OF_64)),
-        ((8, OF_64), (None, OF_64)),
-        ((0, SHIPPED.of_rows(8)), (None, OF_64)),
-    ],
-)
-def test_a_table_that_leaves_calls_open_is_refused(entries):
-    with pytest.raises(TuningError):
-        TuningTable(entries)
-
-
-def test_a_table_survives_json():
-    assert TuningTable.from_json(json.loads(json.dumps(SHIPPED.to_json()))) == SHIPPED
-
-
-@pytest.mark.parametrize(
-    ("content", "found"),
-    [
-        (None, "FileNotFoundError"),
-        ("{", "JSONDecodeError"),
-        ("[]", "holds no table"),
-        ("{}", "KeyError: 'tuning'"),
-        ('{"tuning": null}', "holds no table"),
-        ('{"tuning": [{"up_to": null}]}', "name every field"),
-        ('{"tuning": [{"rows": 8}]}', "up_to"),
-        ('{"tuning": [1]}', "name every field"),
-        ('{"tuning": []}', "must ascend"),
-    ],
-)
-def test_a_file_without_a_table_names_itself_and_the_remedy(tmp_path, content, found):
-    path = tmp_path / "tuning.json"
-    if content is not None:
-        path.write_text(content)
-    with pytest.raises(TuningError) as caught:
-        tuning.load_table(path)
-    text = str(caught.value)
-    assert text.startswith(f"{path}: ") and found in text and "unset MLA_KERNELS_TUNING" in text
-
-
-@pytest.fixture
-def table_of(monkeypatch, tmp_path):
-    """Makes a table the one that ``MLA_KERNELS_TUNING`` names."""
-    cached = (tuning.active_table, decode._config, decode._rows_for)
-
-    def use(table):
-        path = tmp_path / "tuning.json"
-        path.write_text(json.dumps({"tuning": table.to_json()}))
-        monkeypatch.setenv(tuning.VARIABLE, str(path))
-        for function in cached:
-            function.cache_clear()
-
-    yield use
-    monkeypatch.undo()
-    for function in cached:
-        function.cache_clear()
-
-
-def test_a_users_table_decides_what_is_launched(table_of):
-    import torch
-
-    table_of(TuningTable(((20, SHIPPED.of_rows(16)), (None, replaced(ahead_boxes=1)))))
-    assert decode.kernel_config(torch.bfloat16, 20).name == "decode_swapped-bf16-16"
-    assert decode.kernel_config(torch.float16, 21).name == "decode_rows-fp16-64+ahead_boxes=1"
-    assert len(decode.shipped_configs()) == 4
-
-
-def test_without_one_the_shipped_table_is_used(monkeypatch):
-    monkeypatch.delenv(tuning.VARIABLE, raising=False)
-    tuning.active_table.cache_clear()
-    assert tuning.active_table() is SHIPPED
+def test_what_ships_has_every_number_of_rows():
+    assert {rows: made.rows for rows, made in VARIANTS.items()} == {rows: rows for rows in ROWS}

@@ -6,7 +6,7 @@
 // like a tile. The first MLA_REGISTER_STEPS of the 36 steps of QK^T then take theirs from the score warpgroup's registers:
 // shared memory is what binds. Two tiles (144 KB) and all queries (72 KB) leave no room for loads in flight, and QK with both
 // operands in shared memory reads it at the full 128 B/clk.
-// Warps: 0-3 and 4-7 values, 8-11 scores, 12 schedules, 13 streams, 14 announces parts, 15 idle.
+// Warps: 0-3 and 4-7 values, 8-11 scores, 12 schedules, 13 streams, 14 idle, 15 prefetches.
 // Shared memory: a ring of 2 1/2 tiles (5 groups of four boxes, 3 rotary boxes), 5 boxes of queries.
 #include "persistent.cuh"
 
@@ -14,6 +14,7 @@ constexpr int kRows = MLA_ROWS;
 static_assert(kRows == 64, "one WGMMA's rows");
 constexpr int kRegisterSteps = MLA_REGISTER_STEPS;  // steps of Q K^T whose queries come from registers, the first
 constexpr int kAheadBoxes = MLA_AHEAD_BOXES;  // of a tile that are multiplied under the softmax of the one before
+static_assert(1 <= kAheadBoxes && kAheadBoxes < kBoxes, "both chains have a part");
 constexpr int kRegisterBoxes = kRegisterSteps / kStepsPerBox;
 constexpr int kQueryBoxes = kBoxes - kRegisterBoxes;  // in shared memory, one of them perhaps in part
 constexpr int kHalfColumns = kGroupBoxes * kBoxColumns;
@@ -30,7 +31,6 @@ struct SharedMemory {
     int moved[kRotarySlots][4];         // where it is not one, per warp of 16 rows
     ItemQueue queue;
     WorkItem to_merge;  // the last, if this CTA merges a slice of it
-    u64 part_written;
 
     __device__ void init_barriers() {}             // none of its own
     __device__ void fetch_queries(const DecodeParams&) {}  // they come through the ring
@@ -38,11 +38,10 @@ struct SharedMemory {
 
 // What a thread's accumulators are: vector j holds columns 8 j, 8 j + 1 (from its own first) of rows r and r + 8.
 struct RowsFragment {
-    static constexpr int kThreadRows = 2, kWarpRows = 16, kWarpStride = 16;
+    static constexpr int kThreadRows = 2, kWarpRows = 16, kWarpStride = 16, kSlotStep = 2;
 
     __device__ static constexpr int slot(int, int element) { return element / 2; }
     __device__ static u32 row(u32 thread, u32 slot) { return thread / 32 % 4 * 16 + thread % 32 / 4 + slot * 8; }
-    __device__ static bool has_stats(u32 thread) { return thread < kWarpgroup && thread % 4 == 0; }
     // Four vectors, so that a thread writes 16 bytes: the four threads of a row swap their pairs of columns. `pair(i, r)`:
     // the elements of row r (0, 1) of vector j + i, packed.
     static constexpr int kStoreVectors = 4;
@@ -176,7 +175,7 @@ struct Scores {
                 large = named_barrier_any(kBarrierScore, kScoreThreads, top * p.softmax_scale_log2 > kLargeScore);
                 if (large) break;
             }
-            finish_tile(w, tile, ordinal, s);
+            finish_tile(*this, smem.ring, w, tile, ordinal, s);
         }
         wgmma_wait<0>();
         if (!large) return;
@@ -185,24 +184,14 @@ struct Scores {
 #pragma unroll
             for (int i = 0; i < kTileTokens / 2; ++i) s[i] = 0.f;
             add_chains<0>(ordinal, s, part);
-            finish_tile(w, tile, ordinal, s);
+            named_barrier_sync(kBarrierScore, kScoreThreads);  // every warp has read the rotary box
+            finish_tile(*this, smem.ring, w, tile, ordinal, s);
         }
     }
 
-    __device__ void finish_tile(const WorkItem& w, int tile, u32 ordinal, float (&s)[kTileTokens / 2]) {
-        if constexpr (kSoftmax) {
-            if ((tile + 1) * kTileTokens > w.kv_len - (p.causal ? p.s_q - 1 : 0)) mask(w, tile, s);
-            softmax(ordinal, s);
-            store_p(ordinal, s);
-            const int valid = w.kv_len - tile * kTileTokens;
-            if (valid < kTileTokens)
-                zero_token_rows([&](int c) { return smem.ring.box(ordinal, c); }, valid, launder(threadIdx.x) % kWarpgroup);
-            fence_proxy_async();
-        } else {  // else ptxas drops the multiplications
+    __device__ void keep(const float (&s)[kTileTokens / 2]) {  // else ptxas drops the multiplications
 #pragma unroll
-            for (int i = 0; i < kTileTokens / 2; ++i) l[i / 2 & 1] += s[i];
-        }
-        smem.ring.publish(ordinal);
+        for (int i = 0; i < kTileTokens / 2; ++i) l[i / 2 & 1] += s[i];
     }
 
     __device__ void mask(const WorkItem& w, int tile, float (&s)[kTileTokens / 2]) {
@@ -291,7 +280,7 @@ struct Scores {
             }
             if ((launder(lane) & 3) != 0) continue;
             if (w.invalid) l[r] = n[r] = kNan;
-            write_stats<kRows>(p, w, row + r * 8, {m[r], l[r], n[r]}, smem.ring, sums, smem.sums.weights);
+            write_stats<kRows>(p, w, row + r * 8, {m[r], l[r], n[r]}, sums);
         }
     }
 };
@@ -340,7 +329,6 @@ struct Values {
 
     __device__ float& at(int i) { return o[i / (kPvColumns / 2)][i % (kPvColumns / 2)]; }
     __device__ float4 vector(int j) { return make_float4(at(4 * j), at(4 * j + 1), at(4 * j + 2), at(4 * j + 3)); }
-    __device__ void set_vector(int j, float4 v) { at(4 * j) = v.x, at(4 * j + 1) = v.y, at(4 * j + 2) = v.z, at(4 * j + 3) = v.w; }
 };
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1) mla_decode(const __grid_constant__ DecodeParams p) {

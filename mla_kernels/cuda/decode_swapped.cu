@@ -3,7 +3,7 @@
 //   S^T = K Q^T   (64 tokens x kRows)        O^T = V^T P^T   (512 x kRows, each value warpgroup 256 x kRows)
 //
 // Grid: one persistent CTA an SM; each walks its share of the batch (schedule.cuh).
-// Warps: 0-3 and 4-7 values, 8-11 scores, 12 schedules, 13 streams KV, 14 announces parts, 15 loads Q.
+// Warps: 0-3 and 4-7 values, 8-11 scores, 12 schedules, 13 streams KV, 14 loads Q, 15 prefetches.
 // Shared memory: 5 or 6 groups of four boxes of V, 3 or 4 boxes of rotary columns (then P), Q (kRows x 1152 B).
 #include "persistent.cuh"
 #include "query.cuh"
@@ -22,9 +22,9 @@ struct SharedMemory {
     int moved[kRotarySlots];            // where it is not one
     float maxima[4][kRows];             // a score warp's column maxima
     float2 parts[4][kRows];             // and sums
+    float reference[kRows];
     ItemQueue queue;
     WorkItem to_merge;  // the last, if this CTA merges a slice of it
-    u64 part_written;
 
     __device__ void init_barriers() { q.init_barriers(); }
     __device__ void fetch_queries(const DecodeParams& p) { ::fetch_queries<kRows>(p, q, queue); }
@@ -36,12 +36,11 @@ __device__ __forceinline__ u32 column_of(u32 slot, u32 lane) { return (slot / 2)
 
 // What a thread's accumulators are: vector j holds dims d and d + 8 of two neighbouring query rows.
 struct SwappedFragment {
-    static constexpr int kThreadRows = kColumns, kWarpRows = kRows, kWarpStride = 0;
+    static constexpr int kThreadRows = kColumns, kWarpRows = kRows, kWarpStride = 0, kSlotStep = 1;
     static constexpr int kVectorsPerBox = kRows / 8;
 
     __device__ static constexpr int slot(int j, int element) { return j % kVectorsPerBox * 2 + (element & 1); }
     __device__ static u32 row(u32 thread, u32 slot) { return column_of(slot, thread % 32); }
-    __device__ static bool has_stats(u32 thread) { return thread < 4; }
     // By whole warps. `pair(0, half)`: the two query rows of dim d (0) or d + 8 (1) of vector j, packed.
     static constexpr int kStoreVectors = 1;
     template <class Pair>
@@ -101,28 +100,22 @@ struct Scores {
         }
     }
 
-    __device__ void tiles(const WorkItem& w, int begin, int end, u32 ordinal) {
-        for (int tile = begin; tile < end; ++tile, ++ordinal) {
+    __device__ void tiles(const WorkItem& w, int tile, int end, u32 ordinal) {
+        for (; tile < end; ++tile, ++ordinal) {
             if constexpr (kMath) {
                 float s[kRows / 2];
                 scores(ordinal, s);
-                if constexpr (kSoftmax) {
-                    if ((tile + 1) * kTileTokens > w.kv_len - (p.causal ? p.s_q - 1 : 0)) mask(w, tile, s);
-                    softmax(ordinal, s);
-                    store_p(ordinal, s);
-                    const int valid = w.kv_len - tile * kTileTokens;
-                    if (valid < kTileTokens)
-                        zero_token_rows([&](int c) { return smem.ring.box(ordinal, c); }, valid, launder(threadIdx.x) % kWarpgroup);
-                    fence_proxy_async();
-                } else {  // else ptxas drops the multiplications
-#pragma unroll
-                    for (int i = 0; i < kRows / 2; ++i) l[column_slot(i)] += s[i];
-                }
+                finish_tile(*this, smem.ring, w, tile, ordinal, s);
             } else {
                 for (int c = 0; c < kBoxes; ++c) smem.ring.wait_box(ordinal, c);
+                smem.ring.publish(ordinal);
             }
-            smem.ring.publish(ordinal);
         }
+    }
+
+    __device__ void keep(const float (&s)[kRows / 2]) {  // else ptxas drops the multiplications
+#pragma unroll
+        for (int i = 0; i < kRows / 2; ++i) l[column_slot(i)] += s[i];
     }
 
     __device__ void mask(const WorkItem& w, int tile, float (&s)[kRows / 2]) {
@@ -213,18 +206,18 @@ struct Scores {
             }
             if (lane < 4) smem.parts[warp][column_of(j, lane)] = make_float2(l[j], n[j]);
         }
-        named_barrier_sync(kBarrierScore, kScoreThreads);
         if (warp == 0 && lane < 4) {
 #pragma unroll
-            for (int j = 0; j < kColumns; ++j) {
-                const u32 row = column_of(j, lane);
-                RowStats stats{m[j], 0.f, 0.f};
-#pragma unroll
-                for (int i = 0; i < 4; ++i) stats.l += smem.parts[i][row].x, stats.n += smem.parts[i][row].y;
-                if (w.invalid) stats.l = stats.n = kNan;
-                write_stats<kRows>(p, w, row, stats, smem.ring, sums, smem.sums.weights);
-            }
+            for (int j = 0; j < kColumns; ++j) smem.reference[column_of(j, lane)] = m[j];
         }
+        named_barrier_sync(kBarrierScore, kScoreThreads);
+        const u32 row = warp * 32 + lane;
+        if (row >= kRows) return;
+        RowStats stats{smem.reference[row], 0.f, 0.f};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) stats.l += smem.parts[i][row].x, stats.n += smem.parts[i][row].y;
+        if (w.invalid) stats.l = stats.n = kNan;
+        write_stats<kRows>(p, w, row, stats, sums);
     }
 };
 
@@ -281,10 +274,6 @@ struct Values {
     __device__ float4 vector(int j) const {
         const float* v = &o[j / Fragment::kVectorsPerBox][j % Fragment::kVectorsPerBox * 4];
         return make_float4(v[0], v[1], v[2], v[3]);
-    }
-    __device__ void set_vector(int j, float4 v) {
-        float* place = &o[j / Fragment::kVectorsPerBox][j % Fragment::kVectorsPerBox * 4];
-        place[0] = v.x, place[1] = v.y, place[2] = v.z, place[3] = v.w;
     }
 };
 

@@ -27,11 +27,12 @@ constexpr int kGroups = 2;  // a tile
 constexpr int kWarpgroup = 128;
 constexpr int kValueThreads = 2 * kWarpgroup;
 constexpr int kScoreThreads = kWarpgroup;
+constexpr int kMergeThreads = kValueThreads + kScoreThreads;  // threads 0 to 383
 constexpr int kThreads = kValueThreads + kScoreThreads + kWarpgroup;
 constexpr int kMaxSharedBytes = 227 * 1024;
 
 // Named barriers (0 is __syncthreads).
-constexpr u32 kBarrierValues = 1;
+constexpr u32 kBarrierMerge = 1;
 constexpr u32 kBarrierScore = 2;
 
 // Matrix descriptors (PTX ISA, "asynchronous warpgroup level matrix shared memory layout"), 128-byte swizzle: eight rows of

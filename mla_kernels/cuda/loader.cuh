@@ -1,10 +1,9 @@
-// The warp that streams an item's tiles into the ring, and after them the parts that its CTA absorbs.
+// The warp that streams items' tiles into the ring.
 #pragma once
-#include "parts.cuh"
+#include "producer.cuh"
 
 // Run by one warp: streams the items' tiles.
 // A page id outside the pool is never read: TMA fills the box with zeros, and `invalid` makes NaN of the result.
-template <int kRows>
 __device__ __forceinline__ void load_items(const DecodeParams& p, TileRing& ring, ItemQueue& queue) {
     const int lane = threadIdx.x & 31;
     for (u32 index = 0;; ++index) {
@@ -26,7 +25,6 @@ __device__ __forceinline__ void load_items(const DecodeParams& p, TileRing& ring
                 }
                 __syncwarp();
             }
-            if (lane == 0 && absorbs(w)) load_parts<kRows>(p, ring, w);
         }
         queue.release(index);
     }

@@ -2,12 +2,13 @@
 //
 //   0, 1  values   each multiplies P with its own four boxes of V and holds that half of O's columns
 //   2     scores   S = Q K^T, softmax, P; holds the rows' references and sums
-//   3     producer: a warp schedules, one streams tiles, one announces parts, one fetches queries that are not streamed
+//   3     producer: a warp schedules, one streams tiles, one fetches queries that are not streamed
 //
+// At the end the first three merge what this CTA has to (merge.cuh).
 // The score warpgroup is a tile or two ahead of the value warpgroups, so that one's softmax runs under the others' WGMMA.
-// A kernel brings its SharedMemory (ring, queue, sums, to_merge, part_written, init_barriers(), fetch_queries()) and two roles:
-//   Scores          begin, tiles, end
-//   Values<half>    Fragment, reset, tile, vector, set_vector
+// A kernel brings its SharedMemory (ring, queue, sums, to_merge, init_barriers(), fetch_queries()) and two roles:
+//   Scores          begin, tiles, end, and for finish_tile mask, softmax, store_p, keep
+//   Values<half>    Fragment, reset, tile, vector
 #pragma once
 #include "loader.cuh"
 #include "merge.cuh"
@@ -18,7 +19,6 @@ constexpr int kValueRegisters = MLA_VALUE_REGISTERS, kScoreRegisters = MLA_SCORE
 template <int kRows>
 struct ItemSums {
     float n[ItemQueue::kSlots][kRows];
-    PartWeights weights[kRows];  // of the one item whose other parts are absorbed
     u64 ready[ItemQueue::kSlots];
 
     __device__ void init_barriers() {
@@ -34,7 +34,24 @@ struct ItemSums {
     }
 };
 
-template <int kRows, class Scores, class Fragment, class SharedMemory>
+// Score warpgroup: a tile's scores -> P in the place of its rotary box, and the tile to the value warpgroups.
+template <class Scores, int kCount>
+__device__ __forceinline__ void finish_tile(Scores& scores, TileRing& ring, const WorkItem& w, int tile, u32 ordinal, float (&s)[kCount]) {
+    if constexpr (kSoftmax) {
+        const DecodeParams& p = scores.p;
+        if ((tile + 1) * kTileTokens > w.kv_len - (p.causal ? p.s_q - 1 : 0)) scores.mask(w, tile, s);
+        scores.softmax(ordinal, s);
+        scores.store_p(ordinal, s);
+        const int valid = w.kv_len - tile * kTileTokens;
+        if (valid < kTileTokens) zero_token_rows([&](int c) { return ring.box(ordinal, c); }, valid, launder(threadIdx.x) % kWarpgroup);
+        fence_proxy_async();
+    } else {
+        scores.keep(s);
+    }
+    ring.publish(ordinal);
+}
+
+template <int kRows, class Scores, class SharedMemory>
 __device__ __forceinline__ void score_items(const DecodeParams& p, SharedMemory& smem) {
     Scores scores(p, smem);
     for (u32 index = 0;; ++index) {
@@ -48,12 +65,6 @@ __device__ __forceinline__ void score_items(const DecodeParams& p, SharedMemory&
         smem.sums.publish(index);
         if (merges(w) && threadIdx.x % kScoreThreads == 0) smem.to_merge = w;  // it is the last
         smem.queue.release(index);
-    }
-    named_barrier_sync(kBarrierScore, kScoreThreads);
-    static_assert(sizeof(MergeMemory<kRows>) <= sizeof(smem.ring.group), "merging takes the place of the tiles");
-    if (smem.to_merge.request >= 0) {  // when all parts are there, this CTA's too, its tiles have been read
-        merge_slice<kRows, Fragment>(p, smem.to_merge, *reinterpret_cast<MergeMemory<kRows>*>(smem.ring.group));
-        leave_merge(p, smem.to_merge);
     }
 }
 
@@ -72,17 +83,13 @@ __device__ __forceinline__ void value_items(const DecodeParams& p, SharedMemory&
             u32 ordinal = uniform(w.ordinal);
             for (const u32 end = ordinal + uniform(w.end - w.begin); ordinal != end; ++ordinal) values.tile(ordinal);
             const float* sums = smem.sums.wait(index);
-            if (!is_split(w) || absorbs(w)) {
-                float weight[Fragment::kThreadRows];
-                if (is_split(w)) absorb_parts<kRows>(w, values, smem.sums.weights, smem.ring);
-#pragma unroll
-                for (int i = 0; i < Fragment::kThreadRows; ++i)
-                    weight[i] = is_split(w) ? 1.f : inverse_sum(sums[Fragment::row(launder(threadIdx.x), i)]);
-                write_out<kRows>(p, w, values, weight);
-            } else {
+            if (is_split(w)) {
                 write_part<kRows>(p, w, values);
-                __syncwarp();
-                if (threadIdx.x % 32 == 0) mbarrier_arrive(&smem.part_written);
+            } else {
+                float weight[Fragment::kThreadRows];
+#pragma unroll
+                for (int i = 0; i < Fragment::kThreadRows; ++i) weight[i] = inverse_sum(sums[Fragment::row(launder(threadIdx.x), i)]);
+                write_out<kRows>(p, w, values, weight);
             }
         }
         smem.queue.release(index);
@@ -99,7 +106,6 @@ __device__ __forceinline__ void run_cta(const DecodeParams& p, SharedMemory& sme
         smem.sums.init_barriers();
         smem.init_barriers();
         smem.to_merge.request = -1;
-        mbarrier_init(&smem.part_written, kValueThreads / 32);
         fence_barrier_init();
     }
     __syncthreads();
@@ -110,18 +116,23 @@ __device__ __forceinline__ void run_cta(const DecodeParams& p, SharedMemory& sme
         setmaxnreg_dec<kProducerRegisters>();
         const int warp = (threadIdx.x - (kThreads - kWarpgroup)) / 32;
         if (warp == 0) schedule_items(p, smem.queue);
-        else if (warp == 1) load_items<kRows>(p, smem.ring, smem.queue);
-        else if (warp == 2) announce_parts(p, smem.queue, &smem.part_written);
-        else smem.fetch_queries(p);
+        else if (warp == 1) load_items(p, smem.ring, smem.queue);
+        else if (warp == 2) smem.fetch_queries(p);
+        return;
     } else if (warpgroup == 2) {
         if (kScoreRegisters >= 128) setmaxnreg_inc<kScoreRegisters>();
         else setmaxnreg_dec<kScoreRegisters>();
-        score_items<kRows, Scores, typename Values<0>::Fragment>(p, smem);
+        score_items<kRows, Scores>(p, smem);
     } else if (warpgroup == 0) {
         setmaxnreg_inc<kValueRegisters>();
         value_items<kRows, Values<0>>(p, smem);
     } else {
         setmaxnreg_inc<kValueRegisters>();
         value_items<kRows, Values<1>>(p, smem);
+    }
+    named_barrier_sync(kBarrierMerge, kMergeThreads);
+    if (smem.to_merge.request >= 0) {  // when all parts are there, this CTA's too, its tiles have been read
+        Merge<kRows, typename Values<0>::Fragment, TileRing::kBytes>{p, smem.to_merge, reinterpret_cast<char*>(smem.ring.group)}();
+        leave_merge(p, smem.to_merge);
     }
 }

@@ -22,6 +22,8 @@ static_assert(kGroupSlots >= kGroups + 1 && kRotarySlots >= 2, "a tile and what 
 // a slot of its own, so that a group's slot is free again when its value warpgroup is done. The score warpgroup waits
 // for every box; when a tile is scored, P takes the place of its rotary box, which nobody else needs.
 struct TileRing {  // at a multiple of 1,024 bytes, the swizzle's atom
+    static constexpr int kBytes = (kGroupSlots * kGroupBoxes + kRotarySlots) * kBoxBytes;  // of boxes
+
     u16 group[kGroupSlots][kGroupBoxes][kBoxElements];
     u16 rotary[kRotarySlots][kBoxElements];
     u64 group_full[kGroupSlots][kGroupBoxes];  // the box has landed
@@ -70,10 +72,6 @@ struct TileRing {  // at a multiple of 1,024 bytes, the swizzle's atom
         if (lane == 0) mbarrier_arrive(&group_empty[group_slot(ordinal, g)]);
         if (lane == 1) mbarrier_arrive(&rotary_empty[rotary_slot(ordinal)]);
     }
-    __device__ void release_group(u32 ordinal, u32 g) {
-        __syncwarp();
-        if ((threadIdx.x & 31) == 0) mbarrier_arrive(&group_empty[group_slot(ordinal, g)]);
-    }
     // Score warpgroup, every thread, when it has read a tile that no value warpgroup reads.
     __device__ void release_unscored(u32 ordinal) {
         if (!kLoads) return;
@@ -82,6 +80,9 @@ struct TileRing {  // at a multiple of 1,024 bytes, the swizzle's atom
         if (lane < kGroups) mbarrier_arrive(&group_empty[group_slot(ordinal, lane)]);
         if (lane == kGroups) mbarrier_arrive(&rotary_empty[rotary_slot(ordinal)], kValueThreads / kScoreThreads);
     }
+    // Until the group's slot is this ordinal's. Who has not waited for the slot's use before (it was the other warpgroup's)
+    // would otherwise take the parity of the one before that for this one's.
+    __device__ void wait_free(u32 ordinal, u32 g) { mbarrier_wait(&group_empty[group_slot(ordinal, g)], group_phase(ordinal, g) ^ 1); }
     // One thread: the nine boxes at row `y` of page or sequence `z`.
     __device__ void load(u32 ordinal, const TensorMap* map, int y, int z) {
 #pragma unroll 1
@@ -99,29 +100,13 @@ struct TileRing {  // at a multiple of 1,024 bytes, the swizzle's atom
         mbarrier_arrive_expect_tx(&rotary_full[slot], kBoxBytes);
         tma_load_3d(rotary[slot], map, &rotary_full[slot], kRotaryBox * kBoxColumns, y, z);
     }
-    // One thread: other things in the place of a group's first boxes, or of a rotary box.
-    __device__ void load_group(u32 ordinal, int g, const void* from, int boxes) {
-        const u32 slot = group_slot(ordinal, g);
-        mbarrier_wait(&group_empty[slot], group_phase(ordinal, g) ^ 1);
-#pragma unroll 1
-        for (int c = 0; c < boxes; ++c) {
-            mbarrier_arrive_expect_tx(&group_full[slot][c], kBoxBytes);
-            bulk_load(group[slot][c], static_cast<const char*>(from) + c * kBoxBytes, kBoxBytes, &group_full[slot][c]);
-        }
-    }
-    __device__ void load_rotary(u32 ordinal, const void* from, u32 bytes) {
-        const u32 slot = rotary_slot(ordinal);
-        mbarrier_wait(&rotary_empty[slot], rotary_phase(ordinal) ^ 1);
-        mbarrier_arrive_expect_tx(&rotary_full[slot], bytes);
-        bulk_load(rotary[slot], from, bytes, &rotary_full[slot]);
-    }
 };
 
 // Work items on their way from the producer to the other roles. `request` < 0 ends the share.
 struct ItemQueue {
     static constexpr int kSlots = 3;
-    // Warps that read it: values, scores, loader, announcer, and where queries do not come through the ring theirs.
-    static constexpr int kReaders = (kValueThreads + kScoreThreads) / 32 + 2 + (MLA_ROWS != kTileTokens);
+    // Warps that read it: values, scores, loader, and where queries do not come through the ring theirs.
+    static constexpr int kReaders = (kValueThreads + kScoreThreads) / 32 + 1 + (MLA_ROWS != kTileTokens);
     WorkItem item[kSlots];
     u64 full[kSlots], empty[kSlots];
 

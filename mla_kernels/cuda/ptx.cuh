@@ -93,18 +93,18 @@ __device__ __forceinline__ void tma_load_3d(void* smem, const TensorMap* map, u6
         : "memory");
 }
 
-// `bytes` (a multiple of 16) in a row -> shared memory; completes `barrier` by them.
-__device__ __forceinline__ void bulk_load(void* smem, const void* from, u32 bytes, u64* barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(smem_address(smem)),
-                 "l"(from), "r"(bytes), "r"(smem_address(barrier))
-                 : "memory");
+// 16 bytes, by this thread; `copy_async_wait<n>`: all but the last n groups that it committed are there.
+__device__ __forceinline__ void copy_async(void* smem, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(smem_address(smem)), "l"(from) : "memory");
+}
+__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending>
+__device__ __forceinline__ void copy_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
 // Orders ordinary shared-memory writes of this thread before later reads by WGMMA and TMA.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
-// Orders ordinary global-memory writes that this thread knows of before its later TMA reads.
-__device__ __forceinline__ void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 // ---- WGMMA -------------------------------------------------------------------------------------------------------
 
@@ -259,24 +259,15 @@ __device__ __forceinline__ u32 load_acquire(const u32* pointer) {
     return value;
 }
 
-__device__ __forceinline__ u32 atomic_add_acq_rel(u32* pointer, u32 value) {
-    u32 old;
-    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(old) : "l"(pointer), "r"(value) : "memory");
-    return old;
+// After what this thread's warp has written, if it has met since.
+__device__ __forceinline__ void red_add_release(u32* pointer, u32 value) {
+    asm volatile("red.add.release.gpu.global.u32 [%0], %1;" ::"l"(pointer), "r"(value) : "memory");
 }
 
 __device__ __forceinline__ u32 atomic_add_relaxed(u32* pointer, u32 value) {
     u32 old;
     asm volatile("atom.add.relaxed.gpu.global.u32 %0, [%1], %2;" : "=r"(old) : "l"(pointer), "r"(value) : "memory");
     return old;
-}
-
-// 16 bytes by halves: among 128 accumulators ptxas finds no four free registers in a row, and spills.
-__device__ __forceinline__ float4 load_shared(const float4* pointer) {
-    float4 v;
-    asm volatile("ld.volatile.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(smem_address(pointer)));
-    asm volatile("ld.volatile.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.z), "=f"(v.w) : "r"(smem_address(pointer) + 8));
-    return v;
 }
 
 // 16 bytes past L1 (streamed once).

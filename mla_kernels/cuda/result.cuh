@@ -34,10 +34,15 @@ __device__ __forceinline__ u16* out_row(const DecodeParams& p, int request, int 
     return p.out + (static_cast<long long>(request) * p.s_q * p.h_q + row) * kHeadDimV;
 }
 
+template <int kRows>
+__device__ __forceinline__ int valid_rows(const DecodeParams& p, const WorkItem& w) {
+    return min(kRows, p.s_q * p.h_q - w.row_block * kRows);
+}
+
 // An item without tiles: zero and -inf for an empty sequence, NaN for a length outside the page table.
 template <int kRows>
 __device__ __forceinline__ void write_empty(const DecodeParams& p, const WorkItem& w) {
-    const int rows = min(kRows, p.s_q * p.h_q - w.row_block * kRows);
+    const int rows = valid_rows<kRows>(p, w);
     const float fill = w.invalid ? kNan : 0.f;
     const u32 packed = pack_elements(fill, fill);
     const u32 thread = launder(threadIdx.x);
@@ -45,15 +50,6 @@ __device__ __forceinline__ void write_empty(const DecodeParams& p, const WorkIte
     for (int i = thread; i < rows * kHeadDimV / 4; i += kValueThreads) out[i] = make_uint2(packed, packed);
     for (int r = thread; r < rows; r += kValueThreads)
         store_lse(p, w.request, w.row_block * kRows + r, w.invalid ? kNan : -kInfinity);
-}
-
-template <int kRows>
-__device__ __forceinline__ int valid_rows(const DecodeParams& p, const WorkItem& w) {
-    return min(kRows, p.s_q * p.h_q - w.row_block * kRows);
-}
-
-__device__ __forceinline__ float4 scaled(float4 v, float x, float y, float z, float w) {
-    return make_float4(v.x * x, v.y * y, v.z * z, v.w * w);
 }
 
 // v + a * weights

@@ -1,9 +1,9 @@
 // Who does what: every CTA finds its share of the batch from the lengths on the device, with no plan step.
 //
 // The batch is a line of work units. Each (request, row group) is an item: `kItemUnits` units for its fixed cost, then
-// one unit a 64-token tile. A row group is `group` row blocks that sit side by side in `group` CTAs and walk the same
-// tiles at the same time, so that the second reads KV from L2. The line is cut into equal shares; an item cut by a
-// share's end is split, and its parts are merged by the CTAs that hold them (parts.cuh). One warp walks the share.
+// one unit a 64-token tile. A row group is gridDim.x row blocks, whose CTAs walk the same tiles at the same time, so that
+// the second reads KV from L2. The line is cut into gridDim.y equal shares; an item cut by a share's end is split, and its
+// parts are merged by the CTAs that hold them (parts.cuh). One warp walks the share.
 #pragma once
 #include "layout.cuh"
 
@@ -17,62 +17,86 @@ struct alignas(64) DecodeParams {
     float* partials;           // two slots a CTA (parts.cuh)
     u32* arrivals;             // two counters a CTA, zero between launches
     float softmax_scale_log2;  // softmax_scale * log2(e)
-    int b, s_q, h_q, num_pages, max_pages, table_stride, row_blocks, group, row_groups, causal;
+    int b, s_q, h_q, num_pages, max_pages, table_stride, row_blocks, row_groups, causal;
+    int items_each;  // b * row_groups items over the groups of CTAs: so many each, or 0,
+    int item_parts;  // where there are more groups, and so many an item
 };
 
 struct WorkItem {
     int request, kv_len, tiles;
-    int row_block;         // of this CTA; may be past the last (then `active` is false)
+    int row_block;         // of this CTA
     int begin, end;        // this CTA's tiles
     u32 ordinal;           // of its first tile among all that this CTA streams (the queries of decode_rows.cu count)
     int first_cta;         // the CTA that holds the item's first tile (same place in its group)
     int part, parts;       // which of the item's parts this is, of how many
-    bool active;
+    int slices;            // CTAs that have a part as their last item
     bool invalid;  // a length outside the table, or (set while its tiles stream in) a page outside the pool: NaN
 };
+
+// a / b of what is not negative, below 2^20. Short code, as all here: it runs once and is in no cache then.
+__device__ __forceinline__ int divide(int a, int b) {
+    int quotient = static_cast<int>(__fdividef(static_cast<float>(a), static_cast<float>(b)));  // or one more, or less
+    quotient -= quotient * b > a;
+    return quotient + (a - quotient * b >= b);
+}
 
 class WorkRange {
    public:
     __device__ explicit WorkRange(const DecodeParams& p) : p_(p) {
-        const int lane = threadIdx.x & 31;
-        int total = 0;
+        const int lane = threadIdx.x & 31, groups = gridDim.y;
+        int sum = 0, least = 0x7fffffff, most = 0;
 #pragma unroll 4
-        for (int i = lane; i < p.b; i += 32) total += units_of(tiles(i));
-        total = __reduce_add_sync(0xffffffffu, total);
-        const int groups = gridDim.x / p.group;
-        share_ = (total + groups - 1) / groups;
-        position_ = blockIdx.x / p.group * share_;
+        for (int i = lane; i < p.b; i += 32) {
+            const int n = tiles(i);
+            sum += n, least = min(least, n), most = max(most, n);
+        }
+        sum = __reduce_add_sync(0xffffffffu, sum);
+        least = __reduce_min_sync(0xffffffffu, least), most = __reduce_max_sync(0xffffffffu, most);
+        share_ = max(divide(p.row_groups * (sum + p.b * kItemUnits) + groups - 1, groups), kMinTiles);
+        const bool uniform = least == most && most > 0;
+        if (uniform) align(most);
+        const int total = p.row_groups * (sum + p.b * item_units_);
+        position_ = blockIdx.y * share_;
         end_ = min(position_ + share_, total);
         if (position_ >= end_) return;
-        bool found = false;  // (short code here: at a launch it is in no cache, but the lengths are by now)
+        bool found = uniform;
+        if (uniform) {
+            tiles_ = most;
+            request_ = divide(position_, units_of(most));
+            item_begin_ = request_ * units_of(most);
+        }
+        // (short code here: at a launch it is in no cache, but the lengths are by now)
 #pragma unroll 1
-        for (int base = 0; !found && base < p.b; base += 32) found = find(base, base + lane < p.b ? tiles(base + lane) : -kItemUnits);
-        row_group_ = (position_ - item_begin_) / (tiles_ + kItemUnits);  // skip those that end before the share
-        item_begin_ += row_group_ * (tiles_ + kItemUnits);
+        for (int base = 0; !found && base < p.b; base += 32) found = find(base, base + lane < p.b ? tiles(base + lane) : -item_units_);
+        row_group_ = divide(position_ - item_begin_, tiles_ + item_units_);  // skip those that end before the share
+        item_begin_ += row_group_ * (tiles_ + item_units_);
     }
 
     // The next item of which this CTA has tiles, or which is empty and starts in this share; false and a negative request
     // after the last. Every lane writes the same to `w`, which may lie in shared memory: registers are few here.
     __device__ bool next(WorkItem& w) {
         while (position_ < end_) {
-            const int first_tile = item_begin_ + kItemUnits;
+            const int first_tile = item_begin_ + item_units_;
             const int item_end = first_tile + tiles_;
             const int stop = min(end_, item_end);
             w.request = request_;
             w.kv_len = p_.cache_seqlens[request_];
             w.invalid = w.kv_len < 0 || w.kv_len > p_.max_pages * kPageTokens;
             w.tiles = tiles_;
-            const int member = blockIdx.x % p_.group;
-            w.row_block = row_group_ * p_.group + member;
-            w.active = w.row_block < p_.row_blocks;
-            w.begin = max(position_ - first_tile, 0);
-            w.end = max(stop - first_tile, 0);
+            w.row_block = row_group_ * gridDim.x + blockIdx.x;
+            // (What decides is not read from `w`, which other lanes may already be writing anew.)
+            const bool active = row_group_ * gridDim.x + blockIdx.x < p_.row_blocks;
+            const int begin = max(position_ - first_tile, 0), end = max(stop - first_tile, 0);
+            w.begin = begin, w.end = end;
             w.ordinal = streamed_ + kQueryTiles;
-            const int first_group = first_tile / share_;
-            w.first_cta = first_group * p_.group + member;
-            w.part = static_cast<int>(blockIdx.x) / p_.group - first_group;
-            w.parts = tiles_ > 0 ? (item_end - 1) / share_ - first_group + 1 : 1;
-            const bool owns = tiles_ > 0 ? w.begin < w.end : position_ == item_begin_;
+            const int group = divide((threadIdx.x & 1) == 0 ? first_tile : item_end - 1, share_);  // two at once
+            const int first_group = __shfl_sync(0xffffffffu, group, 0), last_group = __shfl_sync(0xffffffffu, group, 1);
+            w.first_cta = first_group * gridDim.x + blockIdx.x;
+            w.part = blockIdx.y - first_group;
+            w.parts = tiles_ > 0 ? last_group - first_group + 1 : 1;
+            w.slices = w.parts - ((last_group + 1) * share_ != item_end);  // or the last part's CTA goes on
+            const bool owns = tiles_ > 0 ? begin < end : position_ == item_begin_;
+            const bool streams = tiles_ > 0;
             position_ = stop;
             if (position_ == item_end) {
                 item_begin_ = item_end;
@@ -82,8 +106,8 @@ class WorkRange {
                     if (position_ < end_) tiles_ = tiles(request_);
                 }
             }
-            if (owns && w.active) {
-                if (w.tiles > 0) streamed_ += kQueryTiles + w.end - w.begin;
+            if (owns && active) {
+                if (streams) streamed_ += kQueryTiles + end - begin;
                 return true;
             }
         }
@@ -92,15 +116,26 @@ class WorkRange {
     }
 
    private:
-    static constexpr int kItemUnits = MLA_ITEM_UNITS;
+    static constexpr int kItemUnits = MLA_ITEM_UNITS, kMinTiles = MLA_MIN_TILES, kAlignPercent = MLA_ALIGN_PERCENT;
     static constexpr u32 kQueryTiles = MLA_ROWS == kTileTokens;  // an item's queries come as a tile of their own
     static_assert(kItemUnits > 0, "an empty request needs a unit to be found by");
+
+    // All items have `tiles` tiles: lets a share's ends fall on theirs, or on those of equal parts, where that costs little:
+    // then a share holds one part, and where no item is split nothing is merged.
+    __device__ void align(int tiles) {
+        const bool whole = p_.items_each > 0;
+        const int parts = max(min(p_.item_parts, tiles / kMinTiles), 1);
+        const int share = whole ? p_.items_each * (tiles + kItemUnits) : divide(tiles + parts - 1, parts);
+        if (share * 100 > (share_ + 1) * (100 + kAlignPercent)) return;
+        share_ = share;
+        if (!whole) item_units_ = parts * share - tiles;
+    }
 
     __device__ int tiles(int request) const {
         const int length = p_.cache_seqlens[request];
         return length < 0 || length > p_.max_pages * kPageTokens ? 0 : (length + kTileTokens - 1) / kTileTokens;
     }
-    __device__ int units_of(int tiles) const { return p_.row_groups * (tiles + kItemUnits); }
+    __device__ int units_of(int tiles) const { return p_.row_groups * (tiles + item_units_); }
 
     // Whether one of 32 requests from `base` on holds `position_`; the lanes give their tiles, and item_begin_ advances.
     __device__ bool find(int base, int lane_tiles) {
@@ -126,5 +161,6 @@ class WorkRange {
     const DecodeParams& p_;
     int share_, position_, end_;
     int request_ = 0, row_group_ = 0, item_begin_ = 0, tiles_ = 0;
+    int item_units_ = kItemUnits;
     u32 streamed_ = 0;
 };

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from mla_kernels.tuning import VARIABLE
+from mla_kernels.choice import VARIABLE
 
 from . import candidates
 from .experiments import EXPERIMENTS

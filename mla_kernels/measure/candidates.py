@@ -5,6 +5,7 @@ A name gives the rows and what differs from the shipped variant of those rows (`
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import re
@@ -12,14 +13,22 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
+
+from mla_kernels.choice import PAGE_US, SHIPPED, Cost, Share, TuningTable
 from mla_kernels.compiler import CompileError, KernelConfig, compile_kernel
-from mla_kernels.tuning import ROWS, SHIPPED, DecodeTuning, TuningError, TuningTable
+from mla_kernels.tuning import ROWS, DecodeTuning, TuningError
 
 from .figures import DECODE, query_rows
-from .records import Point, Record
+from .records import Point, Record, Workload
+from .workloads import table_width
 
 THREADS = 16  # that compile
 WORTH = 1.01  # speed over the shipped variant from which another is taken: less is noise
+HBM_IDLE = 0.7  # of the time of its tiles a call may wait for HBM, and still tell what tiles cost
+LEAST_POINTS = 5  # to fit a cost's three terms
+FIT_ROUNDS = 10
+H200_SMS = 132
 
 
 def is_candidate(implementation: str) -> bool:
@@ -87,9 +96,10 @@ def prepare(names: Iterable[tuple[str, str]]) -> dict[str, dict[str, str]]:
 
 
 def speeds(points: Iterable[Point]) -> dict[str, dict]:
-    """By implementation: speed over the shipped variant of the same range of query rows, by workload.
+    """By variant: speed over the shipped one that serves the workload, of the same rows, by workload.
 
-    The shipped one is that of ``tuning.SHIPPED``. Bursts alone.
+    The shipped one is that of ``choice.SHIPPED``. Bursts alone. Variants of other rows are left out: there a
+    choice inside the kernel is not what makes the difference (``fit_cost`` compares them).
     """
     timed: dict = defaultdict(dict)
     for point in points:
@@ -97,16 +107,18 @@ def speeds(points: Iterable[Point]) -> dict[str, dict]:
             timed[point.workload][point.implementation] = point.per_call_us
     found: dict[str, dict] = defaultdict(dict)
     for workload, times in timed.items():
-        shipped = times.get(name_of(rows=shipped_rows(query_rows(workload))))
+        rows = shipped_rows(workload)
+        shipped = times.get(name_of(rows=rows))
         if shipped is not None:
             for name, us in times.items():
-                found[name][workload] = shipped / us
+                if rows_of(name) == rows:
+                    found[name][workload] = shipped / us
     return dict(found)
 
 
-def shipped_rows(rows: int) -> int:
-    """Rows a CTA of the shipped variant that serves so many query rows."""
-    return SHIPPED.serving(rows).rows
+def shipped_rows(workload: Workload) -> int:
+    """Rows a CTA of the shipped variant that serves a workload."""
+    return SHIPPED.serving(query_rows(workload), workload.b, table_width(workload)).rows
 
 
 def gain(ratios: Mapping) -> float:
@@ -117,45 +129,60 @@ def gain(ratios: Mapping) -> float:
 def best_of(points: list[Point], rows: int) -> tuple[str, float]:
     """(implementation, gain) of the variant of ``rows`` that is fastest over the workloads it would serve.
 
-    It was timed at all of them, beside the shipped one, and gains enough (``WORTH``); else the shipped one.
+    It was timed at all of them at which there was a choice, beside the shipped one, and gains enough
+    (``WORTH``); else the shipped one.
     """
-    shipped = name_of(rows=rows)
-    all_speeds = speeds(points)
-    served = [w for w in all_speeds.get(shipped, {}) if shipped_rows(query_rows(w)) == rows]
-    best, most = shipped, 1.0
-    for name, ratios in all_speeds.items():
-        if rows_of(name) != rows or not served or not all(w in ratios for w in served):
-            continue
-        mean = gain({w: ratios[w] for w in served})
-        if mean > max(most, WORTH):
+    best, most = name_of(rows=rows), 1.0
+    others = {name: by for name, by in speeds(points).items() if rows_of(name) == rows and name != best}
+    served = {workload for by in others.values() for workload in by}
+    for name, ratios in others.items():
+        if ratios.keys() == served and (mean := gain(ratios)) > max(most, WORTH):
             best, most = name, mean
     return best, most
 
 
 def best_table(points: list[Point]) -> TuningTable:
-    """The table that ``points`` speak for: the best variant of each rows, and thresholds where they pay."""
-    chosen = {rows: best_of(points, rows)[0] for rows in ROWS}
-    limits: dict[int, int | None] = {}  # by rows: query rows up to which that variant serves
-    least = 0
-    for limit in ROWS:
-        least = max(least, _rows_for(points, limit, chosen))
-        limits[least] = limit
-    limits[ROWS[-1]] = None
-    return TuningTable(tuple((limits[rows], tuning_of(chosen[rows])) for rows in sorted(limits)))
+    """The table that ``points`` speak for: the best variant of each rows, and what the shipped ones cost."""
+    return TuningTable(tuple((fit_cost(points, rows), tuning_of(best_of(points, rows)[0])) for rows in ROWS))
 
 
-def _rows_for(points: list[Point], limit: int, chosen: dict[int, str]) -> int:
-    """Rows a CTA that serve ``limit`` query rows fastest: their own, unless others gain enough."""
-    all_speeds = speeds(points)
-    served = [w for w in all_speeds.get(chosen[limit], {}) if query_rows(w) == limit]
-    best, most = limit, WORTH
-    for other in ROWS:
-        here = all_speeds.get(name_of(rows=other), {})
-        if other != limit and served and all(w in here for w in served):
-            mean = gain({w: here[w] / all_speeds[chosen[limit]][w] for w in served})
-            if mean > most:
-                best, most = other, mean
-    return best
+def fit_cost(points: Iterable[Point], rows: int) -> Cost:
+    """What the shipped variant of ``rows`` costs, from bursts that HBM does not bind, at equal lengths.
+
+    The shipped cost where they are too few, or say nothing of a term. Errors are relative ones.
+    """
+    [shipped] = [cost for cost, tuning in SHIPPED.entries if tuning.rows == rows]
+    tuning, name = SHIPPED.of_rows(rows), name_of(rows=rows)
+    calls, times = [], []
+    for point in points:
+        workload = point.workload
+        equal = min(workload.lengths) == max(workload.lengths)
+        if (point.implementation, point.status, point.mode, equal) != (name, "ok", "burst", True):
+            continue
+        tiles = -(-max(workload.lengths) // workload.page_size)
+        share, pages = Share.of(tuning, query_rows(workload), workload.b, tiles, H200_SMS), tiles * workload.b
+        if pages * PAGE_US < HBM_IDLE * share.tiles * shipped.tile_us:
+            calls.append((share, pages))
+            times.append(point.per_call_us)
+    if len(calls) < LEAST_POINTS:
+        return shipped
+    cost = shipped
+    for _ in range(FIT_ROUNDS):  # how much HBM adds depends on what a tile costs
+        terms = np.array([_terms(cost, *call) for call in calls])
+        if np.linalg.matrix_rank(terms) < terms.shape[1]:
+            return shipped
+        found, *_ = np.linalg.lstsq(terms / np.array(times)[:, None], np.ones(len(times)), rcond=None)
+        if not (found > 0).all():
+            return shipped
+        cost = Cost(*map(float, found))
+    return Cost(*(round(us, 3) for us in dataclasses.astuple(cost)))
+
+
+def _terms(cost: Cost, share: Share, pages: int) -> tuple[float, float, float]:
+    """What each microsecond of a cost adds to a call, near ``cost``."""
+    split = float(share.split)
+    tiles_us = cost.expected_us(share, pages) - cost.start_us - split * cost.merge_us
+    return 1.0, tiles_us / cost.tile_us, split
 
 
 def table_of(record: Record) -> TuningTable | None:
@@ -179,9 +206,11 @@ def summary(record: Record) -> list[str]:
             )
     for name, reason in not_built(record.points).items():
         lines.append(f"{changes_of(name):72} {reason}")
-    for limit, tuning in (table_of(record) or SHIPPED).entries:
-        serves = "any number of" if limit is None else f"up to {limit}"
-        lines.append(f"{serves} query rows: rows={tuning.rows} {tuning.changes() or 'as shipped'}")
+    for cost, tuning in (table_of(record) or SHIPPED).entries:
+        lines.append(
+            f"rows={tuning.rows} {tuning.changes() or 'as shipped'}: {cost.start_us:.1f} us, "
+            f"{cost.tile_us:.2f} a tile, {cost.merge_us:.1f} to merge"
+        )
     return lines
 
 

@@ -60,18 +60,18 @@ def bind(implementation: str, inputs: Inputs) -> Bound:
         causal = inputs.workload.causal
         return Bound([functools.partial(mla_decode, *args, causal=causal, out=out) for args in tensors], out)
     if is_candidate(implementation):
-        from mla_kernels.decode import decode_tuned
+        from mla_kernels.decode import decode_variant
 
         out = inputs.q.new_empty(*inputs.q.shape[:3], HEAD_DIM_V)
         tuned = functools.partial(
-            decode_tuned, tuning_of(implementation), causal=inputs.workload.causal, out=out
+            decode_variant, tuning_of(implementation), causal=inputs.workload.causal, out=out
         )
         return Bound([functools.partial(tuned, *args) for args in tensors], out)
     if implementation in BLOCKS:
-        from mla_kernels.decode import decode_block
+        from mla_kernels.decode import decode_variant
 
         kind = implementation.removeprefix("block:")
-        return Bound([functools.partial(decode_block, kind, *args) for args in tensors])
+        return Bound([functools.partial(decode_variant, kind, *args) for args in tensors])
     if implementation.startswith(PEER):
         from .peers import find
 

@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from mla_kernels.tuning import TuningTable
+from mla_kernels.choice import TuningTable
 
 SCHEMA_VERSION = 3
 # What 2 and 3 added is optional: `host` and `memory` of a point, errors of a peer; `tuning`.
@@ -317,9 +317,11 @@ class Verification(_Section):
 
 
 class Variant(_Section):
-    """An entry of a tuning table: ``mla_kernels.tuning.DecodeTuning``, for up to ``up_to`` query rows."""
+    """An entry of a tuning table: ``Cost`` and ``DecodeTuning`` of mla_kernels.tuning."""
 
-    up_to: Annotated[int, Field(gt=0)] | None
+    start_us: Annotated[float, Field(gt=0)]
+    tile_us: Annotated[float, Field(gt=0)]
+    merge_us: Annotated[float, Field(gt=0)]
     rows: Count
     group_slots: Count
     rotary_slots: Count
@@ -327,6 +329,8 @@ class Variant(_Section):
     score_registers: Count
     producer_registers: Count
     item_units: Count
+    min_tiles: Count
+    align_percent: Annotated[int, Field(ge=0)]
     register_steps: Count
     ahead_boxes: Count
     programmatic: bool

@@ -91,6 +91,12 @@ class Inputs:
     cache_seqlens: torch.Tensor
 
 
+def table_width(workload: Workload) -> int:
+    """Pages that a row of the page table has room for: those of the longest sequence, and a few."""
+    longest = -(-max(workload.lengths) // workload.page_size)
+    return (longest // TABLE_PADDING + 1) * TABLE_PADDING
+
+
 def materialize(
     workload: Workload,
     *,
@@ -112,17 +118,17 @@ def materialize(
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[workload.dtype]
     page_size, lengths = workload.page_size, np.array(workload.lengths, dtype=np.int64)
     pages = -(-lengths // page_size)
-    table_width = (int(pages.max()) // TABLE_PADDING + 1) * TABLE_PADDING
+    width = table_width(workload)
     num_pages = sets * int(pages.sum()) + SPARE_PAGES
 
     rng = np.random.default_rng(seed)
     wild = np.array([-1, num_pages, num_pages + 12345, 2**31 - 1, -(2**31)] if poison else [0])
-    tables = rng.choice(wild, (sets, workload.b, table_width))
-    in_use = np.broadcast_to(np.arange(table_width) < pages[:, None], tables.shape)
+    tables = rng.choice(wild, (sets, workload.b, width))
+    in_use = np.broadcast_to(np.arange(width) < pages[:, None], tables.shape)
     tables[in_use] = rng.permutation(num_pages)[: in_use.sum()]
 
     filled = np.zeros(num_pages, dtype=np.int64)  # valid slots of each page
-    slots = np.clip(lengths[:, None] - np.arange(table_width) * page_size, 0, page_size)
+    slots = np.clip(lengths[:, None] - np.arange(width) * page_size, 0, page_size)
     filled[tables[in_use]] = np.broadcast_to(slots, tables.shape)[in_use]
 
     def to_device(array: np.ndarray) -> torch.Tensor:

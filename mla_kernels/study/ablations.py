@@ -6,11 +6,11 @@ from collections.abc import Iterable
 
 import pandas as pd
 
+from mla_kernels.choice import SHIPPED
 from mla_kernels.compiler import compile_kernel, resource_report
 from mla_kernels.measure import candidates
 from mla_kernels.measure.figures import DECODE, query_rows
 from mla_kernels.measure.records import Record
-from mla_kernels.tuning import SHIPPED
 
 from . import style
 
@@ -18,7 +18,7 @@ from . import style
 def resources(element: str = "bf16") -> pd.DataFrame:
     """What the compiler made of each shipped variant, read from cubins compiled here (no GPU needed)."""
     rows = []
-    for _, tuning in SHIPPED.entries:
+    for tuning in SHIPPED.variants:
         report = resource_report(compile_kernel(tuning.kernel_config(element)))
         rows.append(
             {
@@ -72,12 +72,18 @@ def plot_ablations(record: Record, rows: Iterable[int]) -> pd.DataFrame:
             axes.plot([row.worst, row.best], [i, i], color=colour, linewidth=1.6)
             axes.plot(row.gain, i, "o", color=colour)
         axes.axvline(1, color=style.CEILING, linestyle="--", linewidth=1.1)
-        shown = part.variant.str.replace(r"rows=\d+,", "", regex=True).str.replace(",", "\n")
-        axes.set_yticks(range(len(part)), shown, fontsize=7)
+        axes.set_yticks(range(len(part)), _labels(part.variant), fontsize=7)
         axes.grid(visible=False, axis="y")
         axes.set(title=f"{many} query rows", xlabel="speed / shipped")
     style.show(figure, record)
     return data[data["query rows"].isin(wanted)]
+
+
+def _labels(variants: pd.Series) -> pd.Series:
+    """What the variants of a panel change, a line each; the rows too where they are not all of the same."""
+    changes = variants.str.replace(r"^rows=\d+,", "", regex=True)
+    one = variants.str.extract(r"^rows=(\d+)", expand=False).nunique() == 1
+    return (changes if one else variants).str.replace(",", "\n")
 
 
 def not_built(record: Record) -> pd.DataFrame:

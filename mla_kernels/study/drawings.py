@@ -13,16 +13,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
+from mla_kernels.choice import SHIPPED
 from mla_kernels.measure.figures import DECODE
-from mla_kernels.tuning import (
-    BOX_BYTES,
-    BOXES,
-    GROUP_BOXES,
-    GROUPS,
-    SHARED_LIMIT,
-    SHIPPED,
-    DecodeTuning,
-)
+from mla_kernels.tuning import BOX_BYTES, BOXES, GROUP_BOXES, GROUPS, SHARED_LIMIT, DecodeTuning
 
 from . import style
 from .inside import SHARED, TENSOR, budget, totals
@@ -41,14 +34,14 @@ def plan_table(tunings: Iterable[DecodeTuning]) -> pd.DataFrame:
 
 def plot_shared_plan() -> pd.DataFrame:
     """What lies in a CTA's shared memory, by variant."""
-    data = plan_table(tuning for _, tuning in SHIPPED.entries)
+    data = plan_table(SHIPPED.variants)
     figure, axes = style.new_figure(width=9, height=3.2)
     left = np.zeros(len(data))
     colours = (*(_PHASES[what] for what in ("QKᵀ", "softmax, P", "PV")), _PHASES["waits"])
     for name, colour in zip(data.columns[1:-1], colours, strict=True):
         axes.barh(range(len(data)), data[name], 0.62, left=left, color=colour, label=name)
         left = left + data[name].to_numpy()
-    for y, (_, tuning) in enumerate(SHIPPED.entries):
+    for y, tuning in enumerate(SHIPPED.variants):
         for slot in range(1, tuning.group_slots):  # borders of the groups
             x = slot * GROUP_BOXES * BOX_BYTES / 1024
             axes.plot([x, x], [y - 0.31, y + 0.31], color="white", linewidth=1)

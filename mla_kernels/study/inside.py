@@ -10,10 +10,11 @@ from collections.abc import Iterable
 import numpy as np
 import pandas as pd
 
+from mla_kernels.choice import SHIPPED
 from mla_kernels.measure import figures
 from mla_kernels.measure.figures import DECODE, query_rows
 from mla_kernels.measure.records import Point, Record
-from mla_kernels.tuning import BOX_BYTES, BOXES, SHIPPED, DecodeTuning
+from mla_kernels.tuning import BOX_BYTES, BOXES, DecodeTuning
 
 from . import style
 
@@ -89,15 +90,15 @@ def bytes_a_cycle(record: Record, mhz: float) -> float:
 
 def cycles_a_tile(record: Record, point: Point) -> float:
     """Time of a call over the tiles that one SM multiplies in it, in cycles."""
-    rows = SHIPPED.serving(query_rows(point.workload)).rows
+    rows = SHIPPED.serving_many(query_rows(point.workload)).rows
     blocks = -(-query_rows(point.workload) // rows)
     tiles = blocks * sum(-(-length // TOKENS) for length in point.workload.lengths)
     return point.per_call_us * clock_mhz(point, record) / (tiles / record.device.sms)
 
 
 def sharing_of(workload_rows: int) -> int:
-    """CTAs that walk one tile side by side, as ``_group_size`` of mla_kernels/decode.py groups whole ones."""
-    return max(1, min(8, workload_rows // SHIPPED.serving(workload_rows).rows))
+    """CTAs that walk one tile side by side, as ``group_size`` of mla_kernels/choice.py groups whole ones."""
+    return max(1, min(8, workload_rows // SHIPPED.serving_many(workload_rows).rows))
 
 
 def budgets(record: Record) -> pd.DataFrame:
@@ -107,7 +108,7 @@ def budgets(record: Record) -> pd.DataFrame:
         if point.implementation != DECODE:
             continue
         mhz, many = clock_mhz(point, record), query_rows(point.workload)
-        cycles = totals(budget(SHIPPED.serving(many), bytes_a_cycle(record, mhz), sharing_of(many)))
+        cycles = totals(budget(SHIPPED.serving_many(many), bytes_a_cycle(record, mhz), sharing_of(many)))
         measured = {
             other.implementation: cycles_a_tile(record, other)
             for other in record.points
@@ -175,7 +176,7 @@ def ladder(record: Record) -> pd.DataFrame:
         if point.implementation in LADDER:
             many = query_rows(point.workload)
             hbm = bytes_a_cycle(record, clock_mhz(point, record))
-            parts = budget(SHIPPED.serving(many), hbm, sharing_of(many))
+            parts = budget(SHIPPED.serving_many(many), hbm, sharing_of(many))
             share = least_cycles(point.implementation, parts) / cycles_a_tile(record, point)
             rows.setdefault(many, {"query rows": many})[style.LABELS[point.implementation]] = share
     columns = ["query rows", *(style.LABELS[name] for name in LADDER)]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mla_kernels.decode import decode_block, mla_decode
+from mla_kernels.decode import decode_variant, mla_decode
 from tests.gpu.cases import paged_case
 
 
@@ -14,7 +14,7 @@ def test_block_leaves_the_card_as_it_was(work, h_q):
     case = paged_case([4096] * 128, 1, h_q, torch.bfloat16)
     before = mla_decode(*case.tensors())
     for _ in range(100):
-        decode_block(work, *case.tensors())
+        decode_variant(work, *case.tensors())
         mla_decode(*case.tensors())
     after = mla_decode(*case.tensors())
     torch.cuda.synchronize()
@@ -23,5 +23,5 @@ def test_block_leaves_the_card_as_it_was(work, h_q):
 
 def test_unknown_block_is_named():
     case = paged_case([64], 1, 8, torch.bfloat16)
-    with pytest.raises(ValueError, match="'streams', must be one of stream, mma, skeleton"):
-        decode_block("streams", *case.tensors())
+    with pytest.raises(ValueError, match="'streams', must be a DecodeTuning or one of stream, mma, skeleton"):
+        decode_variant("streams", *case.tensors())

@@ -1,25 +1,29 @@
 // What ptx.cuh does with one instruction each, on the CPU and at its worst: copies land late and out of order, and spoil the
 // place they go to from the start; other CTAs are slow.
 #pragma once
-#include <cstring>
-#include <map>
-#include <random>
-
 #include "warp.h"
+//
+#include <cstring>
+#include <random>
 
 // ptx.cuh's own are asm: set them aside, and give the same names a meaning here.
 #define mbarrier_init ptx_mbarrier_init
 #define mbarrier_arrive ptx_mbarrier_arrive
 #define mbarrier_arrive_expect_tx ptx_mbarrier_arrive_expect_tx
 #define mbarrier_wait ptx_mbarrier_wait
+#define fence_barrier_init ptx_fence_barrier_init
 #define named_barrier_sync ptx_named_barrier_sync
 #define tma_load_3d ptx_tma_load_3d
-#define bulk_load ptx_bulk_load
+#define copy_async ptx_copy_async
+#define copy_async_commit ptx_copy_async_commit
+#define copy_async_wait ptx_copy_async_wait
 #define fence_proxy_async ptx_fence_proxy_async
-#define fence_proxy_async_global ptx_fence_proxy_async_global
-#define load_shared ptx_load_shared
+#define griddepcontrol_launch_dependents ptx_griddepcontrol_launch_dependents
+#define griddepcontrol_wait ptx_griddepcontrol_wait
+#define setmaxnreg_inc ptx_setmaxnreg_inc
+#define setmaxnreg_dec ptx_setmaxnreg_dec
 #define load_acquire ptx_load_acquire
-#define atomic_add_acq_rel ptx_atomic_add_acq_rel
+#define red_add_release ptx_red_add_release
 #define atomic_add_relaxed ptx_atomic_add_relaxed
 #define exp2_approx ptx_exp2_approx
 #define pack_elements ptx_pack_elements
@@ -29,14 +33,19 @@
 #undef mbarrier_arrive
 #undef mbarrier_arrive_expect_tx
 #undef mbarrier_wait
+#undef fence_barrier_init
 #undef named_barrier_sync
 #undef tma_load_3d
-#undef bulk_load
+#undef copy_async
+#undef copy_async_commit
+#undef copy_async_wait
 #undef fence_proxy_async
-#undef fence_proxy_async_global
-#undef load_shared
+#undef griddepcontrol_launch_dependents
+#undef griddepcontrol_wait
+#undef setmaxnreg_inc
+#undef setmaxnreg_dec
 #undef load_acquire
-#undef atomic_add_acq_rel
+#undef red_add_release
 #undef atomic_add_relaxed
 #undef exp2_approx
 #undef pack_elements
@@ -55,9 +64,14 @@ static void dawdle() {
 }
 
 static u32 launder(u32 value) { return value; }
+static void fence_barrier_init() {}
 static void fence_proxy_async() {}
-static void fence_proxy_async_global() {}
-static float4 load_shared(const float4* pointer) { return *pointer; }
+static void griddepcontrol_launch_dependents() {}
+static void griddepcontrol_wait() {}
+template <int>
+static void setmaxnreg_inc() {}
+template <int>
+static void setmaxnreg_dec() {}
 static float exp2_approx(float x) { return std::exp2(x); }
 static u32 pack_elements(float low, float high) { return __builtin_bit_cast(u32, low == high ? low : kNan); }
 
@@ -76,32 +90,39 @@ struct Barrier {
         settle();
     }
 };
-static std::map<const u64*, Barrier> barriers;
+static std::vector<Barrier> barriers;  // what stands in shared memory says which
 
-static void mbarrier_init(u64* barrier, u32 arrivals) { barriers[barrier] = {arrivals, arrivals}; }
-static void mbarrier_arrive(u64* barrier, u32 count = 1) { barriers.at(barrier).arrive(count); }
+static Barrier& found(const u64* barrier) {
+    if (*barrier >= barriers.size()) fail("a barrier is used before it is made");
+    return barriers[*barrier];
+}
+static void mbarrier_init(u64* barrier, u32 arrivals) {
+    *barrier = barriers.size();
+    barriers.push_back({arrivals, arrivals});
+}
+static void mbarrier_arrive(u64* barrier, u32 count = 1) { found(barrier).arrive(count); }
 static void mbarrier_arrive_expect_tx(u64* barrier, u32 bytes) {
-    barriers.at(barrier).bytes += static_cast<int>(bytes);
-    barriers.at(barrier).arrive(1);
+    found(barrier).bytes += static_cast<int>(bytes);
+    found(barrier).arrive(1);
 }
 static void mbarrier_wait(u64* barrier, u32 parity) {
-    const Barrier& found = barriers.at(barrier);
-    while (found.phase == parity) pause_fiber();
+    const Barrier& waited = found(barrier);
+    wait_until([&] { return waited.phase != parity; });
 }
 
 static struct {
     u32 threads, meetings;
 } named[3];
 
-static void named_barrier_sync(u32 id, u32 threads) {  // by fibers that stand for their warps
+static void named_barrier_sync(u32 id, u32 threads) {
     auto& barrier = named[id];
     const u32 meeting = barrier.meetings;
-    barrier.threads += 32;
-    if (barrier.threads == threads) barrier.threads = 0, ++barrier.meetings, ++progress;
-    while (barrier.meetings == meeting) pause_fiber();
+    if (++barrier.threads == threads) barrier.threads = 0, ++barrier.meetings, ++progress;
+    wait_until([&] { return barrier.meetings != meeting; });
 }
+static void __syncthreads();
 
-// ---- copies ------------------------------------------------------------------------------------------------------
+// ---- copies by TMA -----------------------------------------------------------------------------------------------
 struct Stamp {  // what a box holds, in each of its quarters
     int kind, x, y, z;
     bool operator==(const Stamp& o) const { return kind == o.kind && x == o.x && y == o.y && z == o.z; }
@@ -109,12 +130,10 @@ struct Stamp {  // what a box holds, in each of its quarters
 constexpr int kSpoiled = 0, kKeyValue = 1, kQuery = 2, kProbabilities = 3;
 
 struct Landing {
-    char* smem;
+    void* smem;
     const u64* barrier;
     u32 bytes;
     Stamp stamp;
-    const void* from;        // instead of a stamp
-    std::vector<char> seen;  // of it, if the copy read early
 };
 static std::vector<Landing> in_flight;
 
@@ -124,23 +143,50 @@ static Stamp& stamp_of(void* box, u32 bytes, u32 quarter) {
 
 static void tma_load_3d(void* smem, const TensorMap* map, u64* barrier, int x, int y, int z);
 
-static void bulk_load(void* smem, const void* from, u32 bytes, u64* barrier) {
-    Landing landing{static_cast<char*>(smem), barrier, bytes, {}, from, {}};
-    const char* source = static_cast<const char*>(from);
-    if (chance(50)) landing.seen.assign(source, source + bytes);
-    std::memset(smem, 0xff, bytes);
-    in_flight.push_back(std::move(landing));
-}
-
 static void land_one(u32 newest_first) {  // percent
     const size_t which = chance(newest_first) ? in_flight.size() - 1 : below(static_cast<u32>(in_flight.size()));
-    const Landing landing = std::move(in_flight[which]);
+    const Landing landing = in_flight[which];
     in_flight.erase(in_flight.begin() + static_cast<long>(which));
-    if (landing.from) std::memcpy(landing.smem, landing.seen.empty() ? landing.from : landing.seen.data(), landing.bytes);
-    else for (u32 i = 0; i < 4; ++i) stamp_of(landing.smem, landing.bytes, i) = landing.stamp;
-    Barrier& barrier = barriers.at(landing.barrier);
+    for (u32 i = 0; i < 4; ++i) stamp_of(landing.smem, landing.bytes, i) = landing.stamp;
+    Barrier& barrier = found(landing.barrier);
     barrier.bytes -= static_cast<int>(landing.bytes);
     barrier.settle();
+}
+
+// ---- copies by threads: seen when waited for, read from at some time before ------------------------------------------
+struct Copy {
+    void* smem;
+    const void* from;
+    uint4 read;
+    bool early;
+};
+struct Copies {
+    std::vector<Copy> all;
+    std::vector<size_t> groups;  // where each that was committed ends
+};
+static Copies copies[512];  // by thread
+
+static bool is_of_tiles(const void* smem);  // where copies go
+
+static void copy_async(void* smem, const void* from) {
+    if (reinterpret_cast<size_t>(smem) % 16 || reinterpret_cast<size_t>(from) % 16) fail("a copy is not aligned");
+    if (!is_of_tiles(smem)) fail("a copy goes past the tiles");
+    Copy copy{smem, from, {}, chance(50)};
+    if (copy.early) std::memcpy(&copy.read, from, 16);
+    std::memset(smem, 0xff, 16);
+    copies[threadIdx.x].all.push_back(copy);
+}
+static void copy_async_commit() { copies[threadIdx.x].groups.push_back(copies[threadIdx.x].all.size()); }
+template <int kPending>
+static void copy_async_wait() {
+    dawdle();
+    auto& [all, groups] = copies[threadIdx.x];
+    if (groups.size() <= kPending) return;
+    const size_t complete = groups.size() - kPending, end = groups[complete - 1];
+    for (size_t i = 0; i < end; ++i) std::memcpy(all[i].smem, all[i].early ? &all[i].read : all[i].from, 16);
+    all.erase(all.begin(), all.begin() + static_cast<long>(end));
+    groups.erase(groups.begin(), groups.begin() + static_cast<long>(complete));
+    for (size_t& group : groups) group -= end;
 }
 
 // ---- global memory -----------------------------------------------------------------------------------------------
@@ -154,4 +200,4 @@ static u32 atomic_add_relaxed(u32* pointer, u32 value) {
     ++progress;
     return old;
 }
-static u32 atomic_add_acq_rel(u32* pointer, u32 value);  // a part is announced: rings.cpp looks at it
+static void red_add_release(u32* pointer, u32 value);  // a part is announced: rings.cpp looks at it

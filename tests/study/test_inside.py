@@ -9,12 +9,13 @@ matplotlib.use("Agg")
 
 import pytest
 
+from mla_kernels.choice import SHIPPED
 from mla_kernels.measure import candidates
 from mla_kernels.measure.experiments import tuning as plan
 from mla_kernels.measure.records import Variant
 from mla_kernels.study import ablations, drawings, inside
 from mla_kernels.study.findings import findings
-from mla_kernels.tuning import ROWS, SHIPPED, TuningError
+from mla_kernels.tuning import ROWS, TuningError
 
 OF_64 = SHIPPED.of_rows(64)
 LIMIT_BYTES = 150 * 1024
@@ -115,6 +116,25 @@ def test_ablations_are_over_the_shipped_variant(tuned, shown):
     assert len(data) == sum(p.status == "ok" for p in tuned.points)
     assert data.groupby("query rows").gain.max().tolist() == [1.0, 1.0, 1.0]
     assert (data.gain <= 1).all() and "0 of" in ablations.in_words(data)
+
+
+def test_a_panel_of_variants_of_several_rows_names_them(card):
+    """At 128 query rows little work is served by few rows, and much by many."""
+    points = []
+    for step in list(plan.steps("full"))[12:15]:
+        names = (step.implementations[0], step.implementations[1])
+        points += [card.point(name, step.workload, us=100 + 10 * i) for i, name in enumerate(names)]
+    record = card.record("tuning", points)
+    data = ablations.ablations(record)
+    assert set(data["query rows"]) == {128} and len(data) == 4 and set(data.gain) == {1.0, 100 / 110}
+    assert set(ablations._labels(data.variant)) == {
+        "rows=16",
+        "rows=16\nprogrammatic=0",
+        "rows=64",
+        "rows=64\nprogrammatic=0",
+    }
+    of_64 = data[data.variant.str.startswith("rows=64")]
+    assert set(ablations._labels(of_64.variant)) == {"rows=64", "programmatic=0"}
 
 
 def test_what_cannot_be_built_keeps_its_reason(tuned):

@@ -10,19 +10,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from mla_kernels.tuning import SHIPPED
+from mla_kernels.choice import SHIPPED
+from mla_kernels.tuning import ROWS
 
 from ..candidates import best_table, name_of, shipped_rows
 from ..experiment import Progress, run_steps
 from ..points import Step
-from ..records import Record, Variant
+from ..records import Record, Variant, Workload
 from ..workloads import uniform
 
 SHAPES = ((1, 4096), (128, 4096), (64, 16384))  # (b, kv)
 FULL_HEADS = (8, 16, 32, 64, 128)
 LIVE = ((16, (128, 4096)), (64, (128, 4096)), (128, (64, 16384)))  # (h_q, shape)
 
-EVERYWHERE = (("programmatic=0",), ("item_units=6",))
+EVERYWHERE = (("programmatic=0",), ("item_units=6",), ("align_percent=0",), ("min_tiles=2",))
 OF_FEW_ROWS = (
     ("group_slots=4",),  # two tiles
     ("group_slots=3",),  # a tile and a half
@@ -41,15 +42,25 @@ OF_64_ROWS = (
     ("score_registers=168", "producer_registers=24"),
     ("value_registers=152", "score_registers=176", "register_steps=20"),
 )
-OTHER_ROWS = {16: (8,), 32: (16, 64), 64: (32,)}  # by query rows: variants of other rows, for the thresholds
+# (h_q, b, kv) at which the shipped variants of all rows take turns, for what they cost: HBM has little to do
+COSTS = (
+    (128, 1, 1024),
+    (128, 1, 4096),
+    (128, 4, 1024),
+    (128, 4, 4096),
+    (128, 16, 1024),
+    (64, 64, 1024),
+    (128, 64, 1024),
+    (128, 128, 1024),
+)
 
 
-def candidates(query_rows: int) -> tuple[str, ...]:
-    """Implementations to measure at so many query rows, the shipped variant first."""
-    rows = shipped_rows(query_rows)
+def candidates(workload: Workload) -> tuple[str, ...]:
+    """Implementations to measure at a workload, the shipped variant first."""
+    rows = shipped_rows(workload)
     changes = (*EVERYWHERE, *(OF_64_ROWS if rows == 64 else OF_FEW_ROWS))
     own = [name_of(*c, rows=rows) for c in changes if not set(c) <= _shipped_choices(rows)]
-    return (name_of(rows=rows), *own, *(name_of(rows=other) for other in OTHER_ROWS.get(query_rows, ())))
+    return (name_of(rows=rows), *own)
 
 
 def _shipped_choices(rows: int) -> set[str]:
@@ -61,7 +72,11 @@ def steps(scope: str) -> Iterator[Step]:
     """``scope`` "full", or "live" for a run beside a notebook."""
     chosen = LIVE if scope == "live" else [(h_q, shape) for h_q in FULL_HEADS for shape in SHAPES]
     for h_q, (b, length) in chosen:
-        yield Step(uniform(b, length, h_q=h_q), candidates(h_q))
+        workload = uniform(b, length, h_q=h_q)
+        yield Step(workload, candidates(workload))
+    if scope == "full":
+        for h_q, b, length in COSTS:
+            yield Step(uniform(b, length, h_q=h_q), tuple(name_of(rows=rows) for rows in ROWS))
 
 
 def run(scope: str = "full", progress: Progress = print, **options) -> Record:

@@ -1,0 +1,185 @@
+"""Which variant of the decode kernels serves which call: the one that a model of their costs expects to win.
+
+``SHIPPED`` is the table for an H200. ``MLA_KERNELS_TUNING`` names a record of the tuner (a JSON file that
+``python -m mla_kernels.measure tune`` wrote on the GPU at hand) whose table is used instead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+from dataclasses import dataclass
+
+from .tuning import VARIANTS, DecodeTuning, TuningError, require
+
+VARIABLE = "MLA_KERNELS_TUNING"
+REMEDY = f"tune again with `python -m mla_kernels.measure tune`, or unset {VARIABLE}"
+
+
+@functools.cache
+def group_size(row_blocks: int, ctas: int) -> int:
+    """Row blocks that walk the same KV side by side: as many as keep every SM busy: L2 serves them."""
+
+    def busy(group: int) -> float:
+        return row_blocks / (-(-row_blocks // group) * group) * (ctas // group * group / ctas)
+
+    return max(range(1, min(row_blocks, 8) + 1), key=lambda group: (round(busy(group), 3), group))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a call takes by a variant, in microseconds: the model that chooses between them.
+
+    Args:
+        start_us: whatever it has to do.
+        tile_us: for each tile of the CTA that has most, where HBM does not bind.
+        merge_us: where items are split between CTAs.
+    """
+
+    start_us: float
+    tile_us: float
+    merge_us: float
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            fits = type(value) in (int, float) and 0 < value < 1e6
+            require(fits, field.name, value, "a positive number of microseconds", "measure again")
+
+    def expected_us(self, share: Share, pages: int) -> float:
+        """Of a call whose sequences have ``pages`` pages together."""
+        merge = self.merge_us if share.split else 0.0
+        # the larger of the two, and somewhat more where both press
+        return self.start_us + merge + ((share.tiles * self.tile_us) ** 4 + (pages * PAGE_US) ** 4) ** 0.25
+
+
+# What every call takes for a page of 64 tokens, whoever reads it: 64 * 1,152 bytes at 4 TB/s.
+PAGE_US = 0.0183
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a CTA has to do when all sequences are equally long (``WorkRange`` of cuda/schedule.cuh)."""
+
+    tiles: int
+    split: bool  # items between CTAs
+
+    @classmethod
+    def of(cls, tuning: DecodeTuning, query_rows: int, b: int, tiles: int, ctas: int) -> Share:
+        """Of ``b`` sequences of ``tiles`` pages, by ``ctas`` CTAs."""
+        blocks = -(-query_rows // tuning.rows)
+        group = group_size(blocks, ctas)
+        groups, items = ctas // group, b * -(-blocks // group)
+        fair = -(-items * (tiles + tuning.item_units) // groups)
+        if items >= groups:
+            whole = -(-items // groups) * (tiles + tuning.item_units)
+            if whole * 100 <= (fair + 1) * (100 + tuning.align_percent):
+                return cls(whole - tuning.item_units, False)
+        else:
+            parts = max(min(groups // items, tiles // tuning.min_tiles), 1)
+            part = -(-tiles // parts)
+            if part * 100 <= (fair + 1) * (100 + tuning.align_percent):
+                return cls(part, parts > 1)
+        return cls(fair, True)
+
+
+@dataclass(frozen=True)
+class TuningTable:
+    """The variants to choose from, with what each costs, rows ascending."""
+
+    entries: tuple[tuple[Cost, DecodeTuning], ...]
+
+    def __post_init__(self) -> None:
+        rows = [tuning.rows for tuning in self.variants]
+        if not rows or rows != sorted(set(rows)):
+            raise TuningError(f"rows of a table are {rows}, must ascend: give each variant once")
+
+    @property
+    def variants(self) -> tuple[DecodeTuning, ...]:
+        return tuple(tuning for _, tuning in self.entries)
+
+    def of_rows(self, rows: int) -> DecodeTuning:
+        """The variant with so many rows a CTA. Raises KeyError where the table has none."""
+        return {tuning.rows: tuning for tuning in self.variants}[rows]
+
+    def serving(self, query_rows: int, b: int, pages: int, ctas: int = 132) -> DecodeTuning:
+        """The variant that is expected to be fastest.
+
+        With few pages there are more SMs than work: then blocks of few rows, side by side, spread it better,
+        though each reads all of KV again. With many pages a block should hold as many of the rows as it can.
+
+        Args:
+            query_rows: s_q * h_q of a sequence.
+            b: sequences.
+            pages: of 64 tokens, of each sequence, or what the page table has room for.
+            ctas: of a launch.
+        """
+
+        def expected(entry: tuple[Cost, DecodeTuning]) -> float:
+            cost, tuning = entry
+            return cost.expected_us(Share.of(tuning, query_rows, b, pages, ctas), b * pages)
+
+        return min(self.entries, key=expected)[1]
+
+    def serving_many(self, query_rows: int) -> DecodeTuning:
+        """The variant for so many query rows where there is work in plenty."""
+        return self.serving(query_rows, b=1024, pages=1024)
+
+    def to_json(self) -> list[dict]:
+        """As a record keeps it."""
+        return [{**dataclasses.asdict(cost), **dataclasses.asdict(tuning)} for cost, tuning in self.entries]
+
+    @classmethod
+    def from_json(cls, entries: list[dict]) -> TuningTable:
+        """Raises TuningError for what is no table."""
+        costs = [field.name for field in dataclasses.fields(Cost)]
+        try:
+            return cls(
+                tuple(
+                    (
+                        Cost(**{name: entry[name] for name in costs}),
+                        DecodeTuning(**{name: v for name, v in entry.items() if name not in costs}),
+                    )
+                    for entry in entries
+                )
+            )
+        except (TypeError, KeyError, AttributeError) as error:
+            raise TuningError(
+                f"entry of a table: {type(error).__name__}: {error}: name every field"
+            ) from None
+
+
+# What the variants cost: fitted to data/h200/tuning.json (``fit_cost`` of measure/candidates.py).
+SHIPPED = TuningTable(
+    (
+        (Cost(4.9, 1.12, 3.6), VARIANTS[8]),
+        (Cost(6.0, 1.29, 3.2), VARIANTS[16]),
+        (Cost(6.8, 1.57, 4.3), VARIANTS[32]),
+        (Cost(7.6, 1.96, 7.7), VARIANTS[64]),
+    )
+)
+
+
+def load_table(path: str | os.PathLike) -> TuningTable:
+    """The table of a tuner's record. Raises TuningError, naming file and remedy, where it has none."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            record = json.load(file)
+        entries = record["tuning"] if isinstance(record, dict) else None
+    except (OSError, ValueError, KeyError) as error:
+        raise TuningError(f"{path}: {type(error).__name__}: {error}; {REMEDY}") from None
+    if not isinstance(entries, list):
+        raise TuningError(f"{path}: tuning: holds no table; {REMEDY}")
+    try:
+        return TuningTable.from_json(entries)
+    except TuningError as error:
+        raise TuningError(f"{path}: tuning: {error}; {REMEDY}") from None
+
+
+@functools.cache
+def active_table() -> TuningTable:
+    """The table in use, read once a process: the record's that ``MLA_KERNELS_TUNING`` names, or shipped."""
+    path = os.environ.get(VARIABLE)
+    return load_table(path) if path else SHIPPED

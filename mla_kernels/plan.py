@@ -1,0 +1,120 @@
+"""What a decode call of given shapes needs, found once: the kernel, its grid, the packed arguments.
+
+Nothing here looks at lengths or page ids: the kernels find their work on the device (``cuda/schedule.cuh``).
+"""
+
+import ctypes
+import math
+
+import torch
+
+from mla_kernels import launch
+from mla_kernels.arguments import HEAD_DIM_V
+from mla_kernels.choice import active_table, group_size
+from mla_kernels.compiler import KernelConfig
+from mla_kernels.tuning import DecodeTuning
+
+# Tensor cores truncate: a score summed in chains of 8 or 9 steps (bf16) comes out 8.5e-8 of itself too
+# small on average, in chains of 4 or 5 (fp16) 4.2e-8 (LSE of 45, H200). A little more than that makes the
+# worst row best (cuda/softmax.cuh, tests/test_truncation.py).
+_TRUNCATION = {torch.bfloat16: 1.1e-7, torch.float16: 7e-8}
+_ELEMENT = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+_MAPS_KEPT = 256  # of one plan: a cache a layer
+
+
+def kernel_config(
+    dtype: torch.dtype,
+    query_rows: int,
+    b: int,
+    pages: int,
+    ctas: int = launch.MOST_CTAS,
+    variant: DecodeTuning | str | None = None,
+) -> KernelConfig:
+    """The cubin that serves ``b`` sequences of at most ``pages`` pages, ``query_rows`` = s_q * h_q rows each.
+
+    ``variant``: None for what the tuning table says, a tuning, or a building block of the table's kernel:
+    "stream", "mma" or "skeleton".
+    """
+    if isinstance(variant, DecodeTuning):
+        return variant.kernel_config(_ELEMENT[dtype])
+    tuning = active_table().serving(query_rows, b, pages, ctas)
+    return tuning.kernel_config(_ELEMENT[dtype], variant or "decode")
+
+
+class DecodePlan:
+    """A launch of the decode kernel for tensors of these shapes on one device.
+
+    Args:
+        q, kv_cache, block_table: tensors as the calls will bring them, checked; their contents are not read.
+        scale, causal: as ``mla_decode`` has them.
+        variant: as ``kernel_config`` has it.
+    """
+
+    def __init__(self, q, kv_cache, block_table, scale: float, causal: bool, variant=None):
+        b, s_q, h_q, _ = q.shape
+        self.device = q.device.index
+        ctas = launch.cta_limit(self.device)
+        config = kernel_config(q.dtype, s_q * h_q, b, block_table.shape[1], ctas, variant)
+        rows = dict(config.defines)["MLA_ROWS"]
+        row_blocks = -(-s_q * h_q // rows)
+        group = group_size(row_blocks, ctas)
+        groups, row_groups = ctas // group, -(-row_blocks // group)
+        items = b * row_groups
+        self._kernel = launch.load(config, "mla_decode", self.device, persistent=True)
+        self._grid = (group, groups)
+        self._rows = rows
+        self._room = (
+            2 * group * groups * rows * (HEAD_DIM_V + 4) * 4
+        )  # two PartialSlots a CTA (cuda/parts.cuh)
+        self._maps: tuple[dict, dict] = {}, {}  # of kv_cache and q, by address
+        self._mapped = [0, 0]  # whose maps the arguments hold
+        self._params = launch.DecodeParams(
+            softmax_scale_log2=scale * math.log2(math.e) * (1 + _TRUNCATION[q.dtype]),
+            b=b,
+            s_q=s_q,
+            h_q=h_q,
+            num_pages=kv_cache.shape[0],
+            max_pages=block_table.shape[1],
+            table_stride=block_table.stride(0),
+            row_blocks=row_blocks,
+            row_groups=row_groups,
+            causal=bool(causal),
+            items_each=-(-items // groups) if items >= groups else 0,
+            item_parts=groups // items if items < groups else 0,
+        )
+        self._arguments = (ctypes.c_void_p * 1)(ctypes.addressof(self._params))
+
+    def run(self, q, kv_cache, block_table, cache_seqlens, out, lse) -> None:
+        """Launches on torch's current stream of the plan's device."""
+        if torch._C._cuda_getDevice() == self.device:
+            self._launch(q, kv_cache, block_table, cache_seqlens, out, lse)
+        else:
+            with torch.cuda.device(self.device):
+                self._launch(q, kv_cache, block_table, cache_seqlens, out, lse)
+
+    def _launch(self, q, kv_cache, block_table, cache_seqlens, out, lse) -> None:
+        launch.bind(self.device)
+        stream = launch.current_stream(self.device)
+        params, workspace = self._params, launch.workspace(self.device)
+        kv_address, q_address = kv_cache.data_ptr(), q.data_ptr()
+        with workspace.lock:  # the packed arguments are shared, too
+            if kv_address != self._mapped[0]:
+                params.kv_map = self._map(0, kv_address, lambda: launch.kv_tensor_map(kv_cache))
+            if q_address != self._mapped[1]:
+                params.q_map = self._map(1, q_address, lambda: launch.query_tensor_map(q, self._rows))
+            params.out = out.data_ptr()
+            params.lse = lse.data_ptr()
+            params.block_table = block_table.data_ptr()
+            params.cache_seqlens = cache_seqlens.data_ptr()
+            params.partials, params.arrivals = workspace.addresses(stream, self._room)
+            self._kernel.launch(self._grid, stream, self._arguments)
+
+    def _map(self, which: int, address: int, encode) -> ctypes.Array:
+        maps = self._maps[which]
+        found = maps.get(address)
+        if found is None:
+            if len(maps) >= _MAPS_KEPT:
+                maps.clear()
+            found = maps[address] = encode()
+        self._mapped[which] = address
+        return found
