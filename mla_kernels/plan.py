@@ -35,10 +35,15 @@ def kernel_config(
     ``variant``: None for what the tuning table says, a tuning, or a building block of the table's kernel:
     "stream", "mma" or "skeleton".
     """
+    tuning, work = _chosen(query_rows, b, pages, ctas, variant)
+    return tuning.kernel_config(_ELEMENT[dtype], work)
+
+
+def _chosen(query_rows: int, b: int, pages: int, ctas: int, variant) -> tuple[DecodeTuning, str]:
+    """The tuning, and what of its work is done."""
     if isinstance(variant, DecodeTuning):
-        return variant.kernel_config(_ELEMENT[dtype])
-    tuning = active_table().serving(query_rows, b, pages, ctas)
-    return tuning.kernel_config(_ELEMENT[dtype], variant or "decode")
+        return variant, "decode"
+    return active_table().serving(query_rows, b, pages, ctas), variant or "decode"
 
 
 class DecodePlan:
@@ -54,8 +59,9 @@ class DecodePlan:
         b, s_q, h_q, _ = q.shape
         self.device = q.device.index
         ctas = launch.cta_limit(self.device)
-        config = kernel_config(q.dtype, s_q * h_q, b, block_table.shape[1], ctas, variant)
-        rows = dict(config.defines)["MLA_ROWS"]
+        tuning, work = _chosen(s_q * h_q, b, block_table.shape[1], ctas, variant)
+        config, rows = tuning.kernel_config(_ELEMENT[q.dtype], work), tuning.rows
+        ctas = min(ctas, tuning.most_parts)
         row_blocks = -(-s_q * h_q // rows)
         group = group_size(row_blocks, ctas)
         groups, row_groups = ctas // group, -(-row_blocks // group)

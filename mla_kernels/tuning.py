@@ -123,6 +123,13 @@ class DecodeTuning:
         )
 
     @property
+    def most_parts(self) -> int:
+        """Of an item, so that a unit of each and its rows' stats have room in the ring (cuda/merge.cuh)."""
+        ring = (self.group_slots * GROUP_BOXES + self.rotary_slots) * BOX_BYTES
+        runs, rows = (2, 32) if self.rows == 64 else (1, self.rows)  # a slice is of two warps at most
+        return ring // (runs * 512 + rows * 12)
+
+    @property
     def threads(self) -> int:
         """Of a block."""
         return WARPGROUP * WARPGROUPS
@@ -172,7 +179,8 @@ class DecodeTuning:
             ("MLA_ITEM_UNITS", self.item_units),
             ("MLA_MIN_TILES", self.min_tiles),
             ("MLA_ALIGN_PERCENT", self.align_percent),
-            ("MLA_GROUP_SLOTS", self.group_slots),
+            # Nothing is loaded for "mma": its ring is arithmetic, and must fit the producer's registers.
+            ("MLA_GROUP_SLOTS", 4 if work == "mma" else self.group_slots),
             ("MLA_ROTARY_SLOTS", self.rotary_slots),
             ("MLA_VALUE_REGISTERS", self.value_registers),
             ("MLA_SCORE_REGISTERS", self.score_registers),

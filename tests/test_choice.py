@@ -127,9 +127,6 @@ def test_a_share_is_what_the_schedule_gives_the_busiest(tuning, shape):
     compare_with_the_schedule(tuning, shape)
 
 
-@pytest.mark.xfail(
-    reason="Share.of lets a share be less than min_tiles, which the schedule does not", strict=True
-)
 @given(tunings, shapes, st.integers(2, 6))
 def test_a_share_has_the_least_tiles(tuning, shape, least):
     compare_with_the_schedule(dataclasses.replace(tuning, min_tiles=least), shape)

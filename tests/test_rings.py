@@ -37,14 +37,14 @@ def play(rings: Path, cases: int, seed: int = 1) -> str:
 
 @pytest.mark.parametrize("rows", [rows for rows in LAYOUTS if rows < 32])
 def test_every_buffer_reaches_its_readers(rows: int, tmp_path: Path) -> None:
-    assert play(build(tmp_path, rows), cases=1000) == "ok"
+    assert play(build(tmp_path, rows), cases=600) == "ok"
 
 
 @pytest.mark.parametrize("rows", [32, 64])
 def test_no_race_in_many_cases(rows: int, tmp_path: Path) -> None:
     """Races of split items were once so rare that 400 cases missed them."""
     rings = build(tmp_path, rows)
-    assert [play(rings, cases=2500, seed=seed) for seed in (1, 4)] == ["ok", "ok"]
+    assert [play(rings, cases=1500, seed=seed) for seed in (1, 4)] == ["ok", "ok"]
 
 
 OTHERS_BOX = "a reader found another box's data"
@@ -125,6 +125,11 @@ FAULTS = {
         "(kValueThreads + kScoreThreads) / 32 + 1",
         "(kValueThreads + kScoreThreads) / 32 + 0",
         (NOT_STORED, STORED_TWICE, DEADLOCK),
+    ),
+    "what decides is read from an item that other lanes write anew": Fault(
+        "if (owns && active) {",
+        "if (owns && w.row_block < p_.row_blocks) {",
+        (DEADLOCK, UNWRITTEN, WRONG_TILES, OTHERS_BOX),
     ),
     "queries are replaced while they are in use": Fault(
         "mbarrier_wait(&q.empty, (loaded & 1) ^ 1);", "", (OTHERS_BOX, TOO_MANY), rows=16

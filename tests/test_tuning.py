@@ -158,3 +158,17 @@ def test_a_wrong_name_is_refused(text):
 
 def test_what_ships_has_every_number_of_rows():
     assert {rows: made.rows for rows, made in VARIANTS.items()} == {rows: rows for rows in ROWS}
+
+
+@pytest.mark.parametrize("tuning", VARIANTS.values(), ids=lambda tuning: f"{tuning.rows} rows")
+def test_parts_of_all_ctas_have_room_in_what_ships(tuning):
+    assert tuning.most_parts >= 132
+
+
+def test_a_short_ring_merges_fewer_parts():
+    """Else a merge would take no unit at a time, and never end."""
+    short = replaced(group_slots=4)
+    slice_bytes = 2 * 512 + 32 * 12  # a unit of each half, and the stats of two warps' rows
+    ring = (4 * 4 + short.rotary_slots) * tuning.BOX_BYTES
+    assert short.most_parts * slice_bytes <= ring < (short.most_parts + 1) * slice_bytes
+    assert short.most_parts < 132

@@ -6,7 +6,7 @@
 // like a tile. The first MLA_REGISTER_STEPS of the 36 steps of QK^T then take theirs from the score warpgroup's registers:
 // shared memory is what binds. Two tiles (144 KB) and all queries (72 KB) leave no room for loads in flight, and QK with both
 // operands in shared memory reads it at the full 128 B/clk.
-// Warps: 0-3 and 4-7 values, 8-11 scores, 12 schedules, 13 streams, 14 idle, 15 prefetches.
+// Warps: 0-3 and 4-7 values, 8-11 scores, 12 schedules, 13 streams, 14 and 15 idle.
 // Shared memory: a ring of 2 1/2 tiles (5 groups of four boxes, 3 rotary boxes), 5 boxes of queries.
 #include "persistent.cuh"
 

@@ -3,7 +3,7 @@
 //   S^T = K Q^T   (64 tokens x kRows)        O^T = V^T P^T   (512 x kRows, each value warpgroup 256 x kRows)
 //
 // Grid: one persistent CTA an SM; each walks its share of the batch (schedule.cuh).
-// Warps: 0-3 and 4-7 values, 8-11 scores, 12 schedules, 13 streams KV, 14 loads Q, 15 prefetches.
+// Warps: 0-3 and 4-7 values, 8-11 scores, 12 schedules, 13 streams KV, 14 loads Q, 15 idle.
 // Shared memory: 5 or 6 groups of four boxes of V, 3 or 4 boxes of rotary columns (then P), Q (kRows x 1152 B).
 #include "persistent.cuh"
 #include "query.cuh"

@@ -317,7 +317,7 @@ class Verification(_Section):
 
 
 class Variant(_Section):
-    """An entry of a tuning table: ``Cost`` and ``DecodeTuning`` of mla_kernels.tuning."""
+    """An entry of a tuning table: ``Cost`` of mla_kernels.choice, ``DecodeTuning`` of mla_kernels.tuning."""
 
     start_us: Annotated[float, Field(gt=0)]
     tile_us: Annotated[float, Field(gt=0)]

@@ -72,7 +72,8 @@ inline jmp_buf driver;
 inline Fiber* running;
 inline long progress;  // grows when something happens that a fiber may wait for
 
-[[gnu::noinline]] inline void pause_fiber() {  // (swapcontext would ask the kernel each time)
+// (swapcontext would ask the kernel each time. noipa: others write memory meanwhile.)
+[[gnu::noipa]] inline void pause_fiber() {
     if (_setjmp(running->paused) == 0) _longjmp(driver, 1);
 }
 
@@ -112,7 +113,7 @@ inline void start(Warp& warp, unsigned thread, const std::function<void()>& body
     }
 }
 
-[[gnu::noinline]] inline bool run(Fiber& fiber) {  // false: it cannot go on
+[[gnu::noipa]] inline bool run(Fiber& fiber) {  // false: it cannot go on
     if (fiber.finished || (fiber.holds && !fiber.holds(fiber.condition))) return false;
     running = &fiber;
     threadIdx.x = fiber.thread;

@@ -111,30 +111,24 @@ def tuned(card):
 
 
 def test_ablations_are_over_the_shipped_variant(tuned, shown):
-    data = ablations.plot_ablations(tuned, (16, 64, 128))
+    data = ablations.plot_ablations(tuned, ROWS)
     assert len(shown) == 1 and shown[0].stat().st_size < LIMIT_BYTES
-    assert len(data) == sum(p.status == "ok" for p in tuned.points)
-    assert data.groupby("query rows").gain.max().tolist() == [1.0, 1.0, 1.0]
+    assert set(data.rows) <= set(ROWS) and data.variant.is_unique
+    assert set(data.variant) == {candidates.changes_of(name) for name in candidates.speeds(tuned.points)}
+    assert (data.groupby("rows").gain.max() == 1).all()
     assert (data.gain <= 1).all() and "0 of" in ablations.in_words(data)
 
 
-def test_a_panel_of_variants_of_several_rows_names_them(card):
+def test_a_variants_gain_is_over_all_that_its_rows_serve(card):
     """At 128 query rows little work is served by few rows, and much by many."""
     points = []
     for step in list(plan.steps("full"))[12:15]:
         names = (step.implementations[0], step.implementations[1])
         points += [card.point(name, step.workload, us=100 + 10 * i) for i, name in enumerate(names)]
-    record = card.record("tuning", points)
-    data = ablations.ablations(record)
-    assert set(data["query rows"]) == {128} and len(data) == 4 and set(data.gain) == {1.0, 100 / 110}
-    assert set(ablations._labels(data.variant)) == {
-        "rows=16",
-        "rows=16\nprogrammatic=0",
-        "rows=64",
-        "rows=64\nprogrammatic=0",
-    }
-    of_64 = data[data.variant.str.startswith("rows=64")]
-    assert set(ablations._labels(of_64.variant)) == {"rows=64", "programmatic=0"}
+    data = ablations.ablations(card.record("tuning", points))
+    assert sorted(data.rows) == [16, 16, 64, 64] and set(data.gain) == {1.0, 100 / 110}
+    assert data.groupby("rows").workloads.max().sum() == 3
+    assert set(ablations._labels(data.variant)) == {"as shipped", "programmatic=0"}
 
 
 def test_what_cannot_be_built_keeps_its_reason(tuned):
