@@ -1,0 +1,8 @@
+"""The paged latent KV cache: who owns which page, on the host; the pool and its tables, on the device."""
+
+from mla_kernels.paging.allocator import OutOfPages, PageAllocator
+from mla_kernels.paging.cache import OutOfSequences, PagedKVCache
+from mla_kernels.paging.slots import Slots
+from mla_kernels.paging.usage import Usage
+
+__all__ = ["OutOfPages", "OutOfSequences", "PageAllocator", "PagedKVCache", "Slots", "Usage"]
