@@ -220,7 +220,7 @@ class PagedKVCache:
             written: tokens from the start of the sequence; all if None.
 
         Returns:
-            Pages that became findable; one whose tokens another page holds already does not.
+            Pages that became findable. A page is offered once: if another holds its tokens, it stays unnamed.
 
         Raises:
             ValueError: not a live sequence, or written outside [0, its length].

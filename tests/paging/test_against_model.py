@@ -5,7 +5,7 @@ MLA_KERNELS_LONG_TESTS=1 the machine takes a million steps.
 """
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -32,6 +32,7 @@ class Sequence:
     length: int
     ids: list  # as far as they are known without a gap
     cached: int = 0
+    offered: int = 0  # pages that were committed, or found at allocation
 
 
 class Model:
@@ -78,7 +79,7 @@ class Model:
         cached = SIZE * len(matched)
         if self.prefix and ids is not None:
             self.hits, self.misses = self.hits + cached, self.misses + count - cached
-        return Sequence(matched + new, count, list(ids or ()), cached)
+        return Sequence(matched + new, count, list(ids or ()), cached, len(matched))
 
     def append(self, sequence, count, ids):
         end = sequence.length + count
@@ -104,13 +105,18 @@ class Model:
         self.give_up(sequence.pages[keep:])
         del sequence.pages[keep:], sequence.ids[length:]
         sequence.length, sequence.cached = length, min(length, sequence.cached)
+        sequence.offered = min(length // SIZE, sequence.offered)
 
     def commit(self, sequence, written):
-        for i in range(min(written, len(sequence.ids)) // SIZE if self.prefix else 0):
+        before = len(self.named)
+        full = min(written, len(sequence.ids)) // SIZE
+        for i in range(sequence.offered, full if self.prefix else 0):
+            sequence.offered = i + 1
             name = tuple(sequence.ids[: SIZE * (i + 1)])
             if name not in self.named:
                 self.named[name] = sequence.pages[i]
                 sequence.pages[i].name = name
+        return len(self.named) - before
 
 
 def snapshot(cache):
@@ -175,8 +181,8 @@ class PagedKVCacheMachine(RuleBasedStateMachine):
         for position, number in enumerate(numbers.tolist(), start):
             sequence.pages[position // SIZE].lines[position % SIZE] = number
 
-    @rule(tokens=tokens)
-    def allocate(self, tokens):
+    @rule(tokens=tokens, commit=st.booleans())
+    def allocate(self, tokens, commit):
         count, ids = (tokens, None) if isinstance(tokens, int) else (len(tokens), tokens)
         done = self.attempt(
             lambda: self.cache.allocate(tokens),
@@ -188,12 +194,13 @@ class PagedKVCacheMachine(RuleBasedStateMachine):
             seq, sequence = done
             assert seq not in self.model.sequences and seq not in self.dead
             self.model.sequences[seq] = sequence
-            assert self.cache.cached_tokens(seq) == sequence.cached
             self.fill(seq, self.cache.slots(seq, sequence.cached), sequence.cached)
+            if commit:
+                self.commit_all(seq)
 
     @precondition(lambda self: self.model.sequences)
-    @rule(data=st.data(), tokens=tokens)
-    def append(self, data, tokens):
+    @rule(data=st.data(), tokens=tokens, commit=st.booleans())
+    def append(self, data, tokens, commit):
         seq = self.any_sequence(data)
         sequence = self.model.sequences[seq]
         count, ids = (tokens, None) if isinstance(tokens, int) else (len(tokens), tokens)
@@ -205,6 +212,8 @@ class PagedKVCacheMachine(RuleBasedStateMachine):
         )
         if done:
             self.fill(seq, done[0], start)
+            if commit:
+                self.commit_all(seq)
 
     @precondition(lambda self: self.model.sequences)
     @rule(data=st.data())
@@ -216,7 +225,7 @@ class PagedKVCacheMachine(RuleBasedStateMachine):
         if done:
             for page in sequence.pages:
                 page.owners += 1
-            twin = Sequence(list(sequence.pages), sequence.length, list(sequence.ids), sequence.cached)
+            twin = replace(sequence, pages=list(sequence.pages), ids=list(sequence.ids))
             self.model.sequences[done[0]] = twin
 
     @precondition(lambda self: self.model.sequences)
@@ -236,9 +245,12 @@ class PagedKVCacheMachine(RuleBasedStateMachine):
     def commit(self, data):
         seq = self.any_sequence(data)
         sequence = self.model.sequences[seq]
-        written = data.draw(st.one_of(st.none(), st.integers(0, sequence.length)), label="written")
-        self.cache.commit(seq, written)
-        self.model.commit(sequence, sequence.length if written is None else written)
+        written = data.draw(st.integers(0, sequence.length), label="written")
+        assert self.cache.commit(seq, written) == self.model.commit(sequence, written)
+
+    def commit_all(self, seq):
+        sequence = self.model.sequences[seq]
+        assert self.cache.commit(seq) == self.model.commit(sequence, sequence.length)
 
     @precondition(lambda self: self.model.sequences)
     @rule(data=st.data(), again=st.booleans())
@@ -267,6 +279,7 @@ class PagedKVCacheMachine(RuleBasedStateMachine):
         for i, sequence in enumerate(self.model.sequences.values()):
             ids = table[i, : len(sequence.pages)].tolist()
             assert lengths[i] == sequence.length == self.cache.length(seqs[i])
+            assert self.cache.cached_tokens(seqs[i]) == sequence.cached
             assert self.cache.block_table[rows[i], : len(ids)].tolist() == ids
             for number, page in zip(ids, sequence.pages, strict=True):
                 assert numbers.setdefault(page, number) == number
@@ -305,7 +318,7 @@ class PagedKVCacheMachine(RuleBasedStateMachine):
 
 TestPagedKVCache = PagedKVCacheMachine.TestCase
 TestPagedKVCache.settings = settings(
-    max_examples=20_000 if LONG else 100,
+    max_examples=20_000 if LONG else 200,
     stateful_step_count=50,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],

@@ -123,6 +123,15 @@ def test_a_batch_with_one_wrong_page_changes_nothing(verb, bad):
     check_accounts(pages)
 
 
+def test_a_negative_number_is_no_page_even_if_python_would_take_it():
+    pages = PageAllocator(2)
+    pages.allocate_batch(2)
+    for verb in (pages.share, pages.release, pages.keep, pages.discard):
+        with pytest.raises(ValueError, match="page -1 is"):
+            verb(-1)
+    assert list(pages.owners) == [1, 1]
+
+
 def test_a_page_twice_in_a_batch_counts_twice_or_is_refused_whole():
     pages = PageAllocator(6)
     pages.allocate_batch(4)
@@ -169,24 +178,27 @@ def test_eight_threads_lose_no_page(eager_threads):
 
     def churn(seed):
         rng, held = random.Random(seed), []
+        start.wait()
         try:
             for _ in range(2500):
-                if rng.random() < 0.55:
+                if rng.random() < 0.5:
                     try:
-                        held.extend(pages.allocate_batch(rng.randrange(1, 4)))
+                        held.extend(pages.allocate_batch(rng.randrange(1, 8)))
                     except OutOfPages:
                         continue
                 elif held:
-                    if rng.random() < 0.3:
-                        page = rng.choice(held)
-                        pages.share(page)
-                        held.append(page)
-                    pages.release(held.pop(rng.randrange(len(held))))
+                    again = held[: rng.randrange(4)]
+                    pages.share_batch(again)
+                    held.extend(again)
+                    rng.shuffle(held)
+                    n = rng.randrange(1, 12)
+                    pages.release_batch(held[-n:])
+                    del held[-n:]
         except Exception as error:
             failures.append(error)
         kept.update(held)
 
-    kept = Counter()
+    kept, start = Counter(), threading.Barrier(8)
     threads = [threading.Thread(target=churn, args=(seed,)) for seed in range(8)]
     for thread in threads:
         thread.start()
