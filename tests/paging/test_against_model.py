@@ -318,7 +318,7 @@ class PagedKVCacheMachine(RuleBasedStateMachine):
 
 TestPagedKVCache = PagedKVCacheMachine.TestCase
 TestPagedKVCache.settings = settings(
-    max_examples=20_000 if LONG else 200,
+    max_examples=25_000 if LONG else 200,
     stateful_step_count=50,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
