@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from .tuning import VARIANTS, DecodeTuning, TuningError, require
 
 VARIABLE = "MLA_KERNELS_TUNING"
+H200_SMS = 132
 REMEDY = f"tune again with `python -m mla_kernels.measure tune`, or unset {VARIABLE}"
 
 
@@ -26,6 +27,35 @@ def group_size(row_blocks: int, ctas: int) -> int:
         return row_blocks / (-(-row_blocks // group) * group) * (ctas // group * group / ctas)
 
     return max(range(1, min(row_blocks, 8) + 1), key=lambda group: (round(busy(group), 3), group))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The CTAs of a launch, and the items that they share: row groups of all sequences."""
+
+    group: int  # CTAs side by side, a row block each
+    groups: int
+    row_blocks: int  # of a sequence
+    row_groups: int
+    items: int
+
+    @classmethod
+    def of(cls, rows: int, query_rows: int, b: int, ctas: int) -> Grid:
+        """Of ``b`` sequences of ``query_rows``, ``rows`` of them a CTA, by at most ``ctas`` CTAs."""
+        blocks = -(-query_rows // rows)
+        group = group_size(blocks, ctas)
+        row_groups = -(-blocks // group)
+        return cls(group, ctas // group, blocks, row_groups, b * row_groups)
+
+    @property
+    def items_each(self) -> int:
+        """Items for each group, or 0 if there are fewer items than groups."""
+        return -(-self.items // self.groups) if self.items >= self.groups else 0
+
+    @property
+    def item_parts(self) -> int:
+        """Groups for each item, or 0 if there are no fewer items than groups."""
+        return self.groups // self.items if self.items < self.groups else 0
 
 
 @dataclass(frozen=True)
@@ -69,16 +99,14 @@ class Share:
     @classmethod
     def of(cls, tuning: DecodeTuning, query_rows: int, b: int, tiles: int, ctas: int) -> Share:
         """Of ``b`` sequences of ``tiles`` pages, by ``ctas`` CTAs."""
-        blocks = -(-query_rows // tuning.rows)
-        group = group_size(blocks, ctas)
-        groups, items = ctas // group, b * -(-blocks // group)
-        fair = max(-(-items * (tiles + tuning.item_units) // groups), tuning.min_tiles)
-        if items >= groups:
-            whole = -(-items // groups) * (tiles + tuning.item_units)
+        grid = Grid.of(tuning.rows, query_rows, b, ctas)
+        fair = max(-(-grid.items * (tiles + tuning.item_units) // grid.groups), tuning.min_tiles)
+        if grid.items_each:
+            whole = grid.items_each * (tiles + tuning.item_units)
             if whole * 100 <= (fair + 1) * (100 + tuning.align_percent):
                 return cls(whole - tuning.item_units, False)
         else:
-            parts = max(min(groups // items, tiles // tuning.min_tiles), 1)
+            parts = max(min(grid.item_parts, tiles // tuning.min_tiles), 1)
             part = -(-tiles // parts)
             if part * 100 <= (fair + 1) * (100 + tuning.align_percent):
                 return cls(part, parts > 1)
@@ -104,7 +132,7 @@ class TuningTable:
         """The variant with so many rows a CTA. Raises KeyError where the table has none."""
         return {tuning.rows: tuning for tuning in self.variants}[rows]
 
-    def serving(self, query_rows: int, b: int, pages: int, ctas: int = 132) -> DecodeTuning:
+    def serving(self, query_rows: int, b: int, pages: int, ctas: int = H200_SMS) -> DecodeTuning:
         """The variant that is expected to be fastest.
 
         With few pages there are more SMs than work: then blocks of few rows, side by side, spread it better,

@@ -94,14 +94,6 @@ def sm_count(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-MOST_CTAS = 132  # whose parts of one item have room beside each other (cuda/merge.cuh)
-
-
-def cta_limit(device: int) -> int:
-    """CTAs of a persistent launch."""
-    return min(sm_count(device), MOST_CTAS)
-
-
 class LoadedKernel:
     """A cubin on one device, ready to launch: what does not change between calls is packed once."""
 
@@ -222,10 +214,10 @@ class Workspace:
         self._device = torch.device("cuda", device)
         self._bytes = sm_count(device) * 8
         self._counters: dict[tuple[int, int], int] = {}  # (capture id or 0, stream) -> address
-        self._parts: OrderedDict[tuple[int, int], torch.Tensor] = OrderedDict()  # (stream, bytes)
+        # (stream, bytes) -> what was said to it, and the room that it has
+        self._eager: OrderedDict[tuple[int, int], tuple[tuple[int, int], torch.Tensor]] = OrderedDict()
         self._kept: list[torch.Tensor] = []  # alive as long as a graph may be replayed
         self._free: list[int] = []
-        self._eager: dict[tuple[int, int], tuple[int, int]] = {}  # what was said to a stream
         self.lock = threading.Lock()
 
     def addresses(self, stream: int, part_bytes: int) -> tuple[int, int]:
@@ -238,12 +230,10 @@ class Workspace:
         found = self._eager.get((stream, part_bytes))
         if found is None:
             parts = torch.empty(part_bytes, dtype=torch.uint8, device=self._device)
-            found = self._eager[stream, part_bytes] = (parts.data_ptr(), self._counters_of(0, stream))
-            self._parts[stream, part_bytes] = parts
-            if len(self._parts) > _STREAMS_KEPT:  # its stream's next allocation comes after its launches
-                oldest, _ = self._parts.popitem(last=False)
-                del self._eager[oldest]
-        return found
+            found = self._eager[stream, part_bytes] = (parts.data_ptr(), self._counters_of(0, stream)), parts
+            if len(self._eager) > _STREAMS_KEPT:
+                self._eager.popitem(last=False)  # its stream's next allocation comes after its launches
+        return found[0]
 
     def _counters_of(self, capture: int, stream: int) -> int:
         counters = self._counters.get((capture, stream))

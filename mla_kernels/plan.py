@@ -10,7 +10,7 @@ import torch
 
 from mla_kernels import launch
 from mla_kernels.arguments import HEAD_DIM_V
-from mla_kernels.choice import active_table, group_size
+from mla_kernels.choice import H200_SMS, Grid, active_table
 from mla_kernels.compiler import KernelConfig
 from mla_kernels.tuning import DecodeTuning
 
@@ -27,7 +27,7 @@ def kernel_config(
     query_rows: int,
     b: int,
     pages: int,
-    ctas: int = launch.MOST_CTAS,
+    ctas: int = H200_SMS,
     variant: DecodeTuning | str | None = None,
 ) -> KernelConfig:
     """The cubin that serves ``b`` sequences of at most ``pages`` pages, ``query_rows`` = s_q * h_q rows each.
@@ -58,20 +58,15 @@ class DecodePlan:
     def __init__(self, q, kv_cache, block_table, scale: float, causal: bool, variant=None):
         b, s_q, h_q, _ = q.shape
         self.device = q.device.index
-        ctas = launch.cta_limit(self.device)
+        ctas = launch.sm_count(self.device)
         tuning, work = _chosen(s_q * h_q, b, block_table.shape[1], ctas, variant)
         config, rows = tuning.kernel_config(_ELEMENT[q.dtype], work), tuning.rows
-        ctas = min(ctas, tuning.most_parts)
-        row_blocks = -(-s_q * h_q // rows)
-        group = group_size(row_blocks, ctas)
-        groups, row_groups = ctas // group, -(-row_blocks // group)
-        items = b * row_groups
+        grid = Grid.of(rows, s_q * h_q, b, min(ctas, tuning.most_parts))
         self._kernel = launch.load(config, "mla_decode", self.device, persistent=True)
-        self._grid = (group, groups)
+        self._grid = (grid.group, grid.groups)
         self._rows = rows
-        self._room = (
-            2 * group * groups * rows * (HEAD_DIM_V + 4) * 4
-        )  # two PartialSlots a CTA (cuda/parts.cuh)
+        # two PartialSlots a CTA (cuda/parts.cuh)
+        self._room = 2 * grid.group * grid.groups * rows * (HEAD_DIM_V + 4) * 4
         self._maps: tuple[dict, dict] = {}, {}  # of kv_cache and q, by address
         self._mapped = [0, 0]  # whose maps the arguments hold
         self._params = launch.DecodeParams(
@@ -82,11 +77,11 @@ class DecodePlan:
             num_pages=kv_cache.shape[0],
             max_pages=block_table.shape[1],
             table_stride=block_table.stride(0),
-            row_blocks=row_blocks,
-            row_groups=row_groups,
+            row_blocks=grid.row_blocks,
+            row_groups=grid.row_groups,
             causal=bool(causal),
-            items_each=-(-items // groups) if items >= groups else 0,
-            item_parts=groups // items if items < groups else 0,
+            items_each=grid.items_each,
+            item_parts=grid.item_parts,
         )
         self._arguments = (ctypes.c_void_p * 1)(ctypes.addressof(self._params))
 

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from mla_kernels.choice import PAGE_US, SHIPPED, Cost, Share, TuningTable
+from mla_kernels.choice import H200_SMS, PAGE_US, SHIPPED, Cost, Share, TuningTable
 from mla_kernels.compiler import CompileError, KernelConfig, compile_kernel
 from mla_kernels.tuning import ROWS, DecodeTuning, TuningError
 
@@ -28,7 +28,6 @@ WORTH = 1.01  # speed over the shipped variant from which another is taken: less
 HBM_IDLE = 0.7  # of the time of its tiles a call may wait for HBM, and still tell what tiles cost
 LEAST_POINTS = 5  # to fit a cost's three terms
 FIT_ROUNDS = 10
-H200_SMS = 132
 
 
 def is_candidate(implementation: str) -> bool:
@@ -151,8 +150,8 @@ def fit_cost(points: Iterable[Point], rows: int) -> Cost:
 
     The shipped cost where they are too few, or say nothing of a term. Errors are relative ones.
     """
-    [shipped] = [cost for cost, tuning in SHIPPED.entries if tuning.rows == rows]
-    tuning, name = SHIPPED.of_rows(rows), name_of(rows=rows)
+    [(shipped, tuning)] = [entry for entry in SHIPPED.entries if entry[1].rows == rows]
+    name = name_of(rows=rows)
     calls, times = [], []
     for point in points:
         workload = point.workload
