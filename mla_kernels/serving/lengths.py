@@ -49,18 +49,21 @@ class Lengths(Protocol):
 
 
 @dataclass(frozen=True)
-class LogNormal:
-    """Log-normal lengths. ``mean`` and ``sd`` are those of the lengths in tokens, not of their logarithm.
-
-    Raises ValueError for a mean not above 0, a negative sd or max_tokens under 1.
-    """
-
+class _AroundMean:
     mean: float
     sd: float
     max_tokens: int = MAX_TOKENS
 
     def __post_init__(self):
         _check(self.mean, self.sd, self.max_tokens)
+
+
+@dataclass(frozen=True)
+class LogNormal(_AroundMean):
+    """Log-normal lengths. ``mean`` and ``sd`` are those of the lengths in tokens, not of their logarithm.
+
+    Raises ValueError for a mean not above 0, a negative sd or max_tokens under 1.
+    """
 
     def draw(self, n: int, seed: int | np.random.Generator) -> np.ndarray:
         variance = math.log1p((self.sd / self.mean) ** 2)  # of the logarithm
@@ -69,18 +72,11 @@ class LogNormal:
 
 
 @dataclass(frozen=True)
-class Normal:
+class Normal(_AroundMean):
     """Normal lengths of this mean and standard deviation, in tokens.
 
     The clip at 1 is felt: of N(4096, 2048) 2.3 % are set to 1 token. Raises ValueError as LogNormal does.
     """
-
-    mean: float
-    sd: float
-    max_tokens: int = MAX_TOKENS
-
-    def __post_init__(self):
-        _check(self.mean, self.sd, self.max_tokens)
 
     def draw(self, n: int, seed: int | np.random.Generator) -> np.ndarray:
         return _whole(generator(seed).normal(self.mean, self.sd, n), self.max_tokens)

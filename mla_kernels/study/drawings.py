@@ -147,20 +147,19 @@ _PHASES = {
 
 def plot_roles(tuning: DecodeTuning) -> pd.DataFrame:
     """Which warpgroup does what, over three tiles of the ideal schedule."""
-    data = roles(tuning)
-    figure, axes = style.new_figure(width=10, height=3.6)
-    _lanes(axes, data)
-    axes.set(xlabel="cycles", title="Roles over three tiles, if nothing waits (number: tile)")
-    style.show(figure, CAPTION)
-    return data
+    return _show_lanes(roles(tuning), 3.6, "Roles over three tiles, if nothing waits (number: tile)")
 
 
 def plot_life(tuning: DecodeTuning) -> pd.DataFrame:
     """From load to release: how long a box is held, and how much of that it is read."""
-    data = life_of_boxes(tuning)
-    figure, axes = style.new_figure(width=10, height=2.8)
+    title = "The life of a box: loaded, read as K, held, read as V, given back"
+    return _show_lanes(life_of_boxes(tuning), 2.8, title)
+
+
+def _show_lanes(data: pd.DataFrame, height: float, title: str) -> pd.DataFrame:
+    figure, axes = style.new_figure(width=10, height=height)
     _lanes(axes, data)
-    axes.set(xlabel="cycles", title="The life of a box: loaded, read as K, held, read as V, given back")
+    axes.set(xlabel="cycles", title=title)
     style.show(figure, CAPTION)
     return data
 

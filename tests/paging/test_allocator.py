@@ -1,7 +1,6 @@
 """PageAllocator against a dict of owner counts, its errors, and its accounts after each refusal."""
 
 import random
-import sys
 import threading
 from collections import Counter
 
@@ -161,15 +160,6 @@ def test_refuses_what_is_no_page_to_keep_or_discard():
 def test_refuses_impossible_pools(num_pages, error):
     with pytest.raises(error, match="num_pages is"):
         PageAllocator(num_pages)
-
-
-@pytest.fixture
-def eager_threads():
-    """Threads take turns after microseconds, not milliseconds, so that a missing lock shows."""
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(interval)
 
 
 def test_eight_threads_lose_no_page(eager_threads):

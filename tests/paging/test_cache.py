@@ -1,7 +1,6 @@
 """PagedKVCache case by case: what each promise of its docstrings looks like."""
 
 import random
-import sys
 import threading
 
 import numpy as np
@@ -248,26 +247,8 @@ def test_the_oracle_sees_no_difference_between_forked_pages_and_a_contiguous_cac
     assert cache.usage().shared == 2  # of its three pages, all forks still have two, or one, of root's
 
 
-@pytest.fixture
-def eager_threads():
-    """Threads take turns after microseconds, not milliseconds, so that a missing lock shows."""
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(interval)
-
-
 def test_eight_threads_leave_a_consistent_cache(eager_threads):
-    cache = PagedKVCache(
-        150,
-        4,
-        max_pages_per_sequence=8,
-        max_sequences=40,
-        prefix_cache=True,
-        dtype=torch.float32,
-        device="cpu",
-        head_dim=2,
-    )
+    cache = small_cache(150, max_pages_per_sequence=8, max_sequences=40, prefix_cache=True)
     failures, refused = [], []
 
     def churn(seed):
