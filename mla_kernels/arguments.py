@@ -17,6 +17,7 @@ def check_decode_arguments(
     *,
     head_dim_v: int = HEAD_DIM_V,
     out: "torch.Tensor | None" = None,
+    cu_seqlens_q: "torch.Tensor | None" = None,
 ) -> None:
     """Dtypes, shapes, strides and devices that every decode operator of this package asks for.
 
@@ -27,6 +28,7 @@ def check_decode_arguments(
         block_table: (b, max_pages) int32, last dimension contiguous.
         cache_seqlens: (b,) int32, contiguous.
         out: None, or (b, s_q, h_q, 512) of q's dtype, contiguous.
+        cu_seqlens_q: None, or (b + 1,) int32, contiguous; then q is (total_q, h_q, 576) and out likewise.
 
     Raises:
         TypeError: something is no tensor or has another dtype.
@@ -35,8 +37,9 @@ def check_decode_arguments(
     import torch
 
     tensors = {"q": q, "kv_cache": kv_cache, "block_table": block_table, "cache_seqlens": cache_seqlens}
-    if out is not None:
-        tensors["out"] = out
+    for name, tensor in {"out": out, "cu_seqlens_q": cu_seqlens_q}.items():
+        if tensor is not None:
+            tensors[name] = tensor
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name} is a {type(tensor).__name__}, must be a torch.Tensor")
@@ -50,18 +53,29 @@ def check_decode_arguments(
     for name, dtype in {"kv_cache": q.dtype, "out": q.dtype}.items():
         if name in tensors and tensors[name].dtype != dtype:
             raise TypeError(f"{name} is {tensors[name].dtype}, must be q's {dtype}: convert it with .to()")
-    for name in ("block_table", "cache_seqlens"):
-        if tensors[name].dtype != torch.int32:
+    for name in ("block_table", "cache_seqlens", "cu_seqlens_q"):
+        if name in tensors and tensors[name].dtype != torch.int32:
             raise TypeError(f"{name} is {tensors[name].dtype}, must be torch.int32: convert it with .int()")
 
     if head_dim_v != HEAD_DIM_V:
         raise ValueError(f"head_dim_v is {head_dim_v}, must be {HEAD_DIM_V}: no other latent size is built")
-    if q.dim() != 4 or q.shape[3] != HEAD_DIM or 0 in q.shape[1:]:
+    ragged = cu_seqlens_q is not None
+    if ragged and (q.dim() != 3 or q.shape[2] != HEAD_DIM or q.shape[1] == 0):
+        raise ValueError(
+            f"q has shape {tuple(q.shape)}, must be (total_q, h_q, {HEAD_DIM}) with h_q >= 1 beside "
+            "cu_seqlens_q: lay the query tokens of all sequences end to end"
+        )
+    if not ragged and (q.dim() != 4 or q.shape[3] != HEAD_DIM or 0 in q.shape[1:]):
         raise ValueError(
             f"q has shape {tuple(q.shape)}, must be (b, s_q, h_q, {HEAD_DIM}) with s_q, h_q >= 1: "
             "absorb the key projection and append the rope part first"
         )
-    b, s_q, h_q, _ = q.shape
+    b = block_table.shape[0] if ragged and block_table.dim() == 2 else q.shape[0]
+    if ragged and tuple(cu_seqlens_q.shape) != (b + 1,):
+        raise ValueError(
+            f"cu_seqlens_q has shape {tuple(cu_seqlens_q.shape)}, must be ({b + 1},): where each of the {b} "
+            "sequences of block_table begins, and the end"
+        )
     if (
         kv_cache.dim() not in (3, 4)
         or kv_cache.shape[-1] != HEAD_DIM
@@ -80,10 +94,10 @@ def check_decode_arguments(
         raise ValueError(
             f"cache_seqlens has shape {tuple(cache_seqlens.shape)}, must be ({b},): a length per sequence"
         )
-    if out is not None and tuple(out.shape) != (b, s_q, h_q, HEAD_DIM_V):
-        raise ValueError(f"out has shape {tuple(out.shape)}, must be {(b, s_q, h_q, HEAD_DIM_V)}")
+    if out is not None and tuple(out.shape) != (*q.shape[:-1], HEAD_DIM_V):
+        raise ValueError(f"out has shape {tuple(out.shape)}, must be {(*q.shape[:-1], HEAD_DIM_V)}")
 
-    for name in ("q", "cache_seqlens", "out"):
+    for name in ("q", "cache_seqlens", "out", "cu_seqlens_q"):
         if name in tensors and not tensors[name].is_contiguous():
             raise ValueError(
                 f"{name} has strides {tensors[name].stride()}, must be contiguous: call .contiguous()"

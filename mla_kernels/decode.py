@@ -13,16 +13,20 @@ from mla_kernels.choice import active_table
 from mla_kernels.compiler import KernelConfig
 from mla_kernels.device import HOPPER, STILL_WORKS, DeviceUnavailable, capability
 from mla_kernels.plan import DecodePlan
-from mla_kernels.tuning import DecodeTuning
+from mla_kernels.tuning import PAGE_SIZES, PAGES, DecodeTuning
 
-PAGE_SIZES = (64,)
 BLOCKS = ("stream", "mma", "skeleton")
 
 
 def shipped_configs() -> list[KernelConfig]:
     """Every instance that the operators can launch."""
     variants = active_table().variants
-    return [tuning.kernel_config(element) for element in ("bf16", "fp16") for tuning in variants]
+    return [
+        tuning.kernel_config(element, pages=pages)
+        for pages in PAGES
+        for element in ("bf16", "fp16")
+        for tuning in variants
+    ]
 
 
 def mla_decode(
@@ -36,15 +40,18 @@ def mla_decode(
     causal: bool = False,
     out: torch.Tensor | None = None,
     return_lse: bool = True,
+    cu_seqlens_q: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor:
     """Multi-head latent attention over a paged latent cache, absorbed form, ``s_q`` new tokens a sequence.
 
     Runs on torch's current stream without a host synchronisation or a plan step, so a CUDA graph that
-    captured it may be replayed after ``cache_seqlens``, ``block_table``, ``q`` or the cache changed in place.
+    captured it may be replayed after ``cache_seqlens``, ``block_table``, ``cu_seqlens_q``, ``q`` or the cache
+    changed in place.
 
     Args:
         q: (b, s_q, h_q, 576) bf16 or fp16, contiguous: 512 absorbed + 64 rotary columns.
-        kv_cache: (num_pages, 64, 1, 576) or (num_pages, 64, 576), of q's dtype: the page pool.
+        kv_cache: (num_pages, page_size, 1, 576) or (num_pages, page_size, 576), of q's dtype: the page pool.
+            page_size is a power of two up to 256; 64 is the fastest, less than 8 costs most.
         block_table: (b, max_pages) int32: pages of each sequence; entries past its length are not read.
         cache_seqlens: (b,) int32: tokens of each sequence, the new ones included.
         head_dim_v: 512, the columns of the cache that are averaged.
@@ -52,10 +59,14 @@ def mla_decode(
         causal: row s sees positions < length - s_q + 1 + s; otherwise all.
         out: (b, s_q, h_q, 512), written if given.
         return_lse: False returns ``out`` alone.
+        cu_seqlens_q: (b + 1,) int32, ascending from 0 to total_q: sequences have query tokens of their own
+            number, those of sequence i are q[cu_seqlens_q[i]:cu_seqlens_q[i + 1]] of a q (total_q, h_q, 576).
+            In ``causal`` that number stands for s_q.
 
     Returns:
         out (b, s_q, h_q, 512) of q's dtype and lse (b, h_q, s_q) fp32, natural log; 0 and -inf where a row
-        sees nothing. A sequence with a length outside [0, max_pages * 64] or a page id outside the pool: NaN.
+        sees nothing. With cu_seqlens_q out (total_q, h_q, 512) and lse (h_q, total_q). NaN in a sequence with a
+        length outside [0, max_pages * page_size] or a page id outside the pool.
 
     Raises:
         TypeError, ValueError: an argument of another type, shape, stride or device; with
@@ -63,13 +74,16 @@ def mla_decode(
         DeviceUnavailable: the tensors are not on a CUDA device.
     """
     if torch.compiler.is_compiling():
-        check_decode_arguments(q, kv_cache, block_table, cache_seqlens, head_dim_v=head_dim_v, out=out)
+        own = {"out": out, "cu_seqlens_q": cu_seqlens_q}
+        check_decode_arguments(q, kv_cache, block_table, cache_seqlens, head_dim_v=head_dim_v, **own)
         scale = check_softmax_scale(softmax_scale)
-        result, lse = torch.ops.mla_kernels.decode(q, kv_cache, block_table, cache_seqlens, scale, causal)
+        result, lse = torch.ops.mla_kernels.decode(
+            q, kv_cache, block_table, cache_seqlens, scale, causal, cu_seqlens_q
+        )
         result = result if out is None else out.copy_(result)
         return (result, lse) if return_lse else result
     tensors = (q, kv_cache, block_table, cache_seqlens)
-    out, lse = _decode(tensors, out, head_dim_v, softmax_scale, causal)
+    out, lse = _decode(tensors, out, head_dim_v, softmax_scale, causal, cu_seqlens_q=cu_seqlens_q)
     return (out, lse) if return_lse else out
 
 
@@ -82,6 +96,7 @@ def decode_variant(
     *,
     causal: bool = False,
     out: torch.Tensor | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``mla_decode`` by a named kernel, whatever the table would choose: for the tuner and the study.
 
@@ -91,39 +106,45 @@ def decode_variant(
     """
     if isinstance(variant, str) and variant not in BLOCKS:
         raise ValueError(f"variant is {variant!r}, must be a DecodeTuning or one of {', '.join(BLOCKS)}")
-    return _decode((q, kv_cache, block_table, cache_seqlens), out, HEAD_DIM_V, None, causal, variant)
+    tensors = (q, kv_cache, block_table, cache_seqlens)
+    return _decode(tensors, out, HEAD_DIM_V, None, causal, variant, cu_seqlens_q)
 
 
 _plans: dict[tuple, DecodePlan | None] = {}
 _PLANS_KEPT = 4096
 
 
-def _decode(tensors, out, head_dim_v, softmax_scale, causal, variant=None):
+def _decode(tensors, out, head_dim_v, softmax_scale, causal, variant=None, cu_seqlens_q=None):
     q, kv_cache, block_table, cache_seqlens = tensors
     try:
         key = _key(q, kv_cache, block_table, cache_seqlens, head_dim_v, softmax_scale, causal, variant)
         if out is not None:
             key += (out.shape, out.stride(), out.dtype, out.device)
+        if cu_seqlens_q is not None:
+            starts = cu_seqlens_q
+            key += ("ragged", starts.shape, starts.stride(), starts.dtype, starts.device)
         plan = _plans.get(key)
     except (AttributeError, TypeError):  # no tensors: the check says which
         plan = key = None
     if plan is None:
-        plan = _make_plan(tensors, out, head_dim_v, softmax_scale, causal, variant)
+        plan = _make_plan(tensors, out, head_dim_v, softmax_scale, causal, variant, cu_seqlens_q)
         if isinstance(plan, DecodePlan):
             if len(_plans) >= _PLANS_KEPT:
                 _plans.clear()
             _plans[key] = plan
     if os.environ.get("MLA_KERNELS_CHECK") == "1":
         check_device_values(kv_cache, block_table, cache_seqlens)
+        if cu_seqlens_q is not None:
+            check_query_starts(cu_seqlens_q, len(q))
     if plan is PORTABLE:
-        return _decode_portable(*tensors, check_softmax_scale(softmax_scale), causal, out)
-    b, s_q, h_q, _ = q.shape
+        return _decode_portable(*tensors, check_softmax_scale(softmax_scale), causal, out, cu_seqlens_q)
+    *tokens, h_q, _ = q.shape  # (b, s_q), or (total_q,)
     if out is None:
-        out = torch.empty((b, s_q, h_q, HEAD_DIM_V), dtype=q.dtype, device=q.device)
-    lse = torch.empty((b, h_q, s_q), dtype=torch.float32, device=q.device)
-    if b:
+        out = torch.empty((*tokens, h_q, HEAD_DIM_V), dtype=q.dtype, device=q.device)
+    lse = torch.empty((*tokens[:-1], h_q, tokens[-1]), dtype=torch.float32, device=q.device)
+    if tokens[0]:
         _check_alignment(q, kv_cache, out)
-        plan.run(q, kv_cache, block_table, cache_seqlens, out, lse)
+        plan.run(q, kv_cache, block_table, cache_seqlens, out, lse, cu_seqlens_q)
     return out, lse
 
 
@@ -153,9 +174,9 @@ def _key(q, kv_cache, block_table, cache_seqlens, *options) -> tuple:
 PORTABLE = object()  # instead of a plan, on a GPU that is not Hopper
 
 
-def _make_plan(tensors, out, head_dim_v, softmax_scale, causal, variant):
+def _make_plan(tensors, out, head_dim_v, softmax_scale, causal, variant, cu_seqlens_q):
     q, kv_cache, block_table, _ = tensors
-    check_decode_arguments(*tensors, head_dim_v=head_dim_v, out=out)
+    check_decode_arguments(*tensors, head_dim_v=head_dim_v, out=out, cu_seqlens_q=cu_seqlens_q)
     scale = check_softmax_scale(softmax_scale)
     if not q.is_cuda:
         raise DeviceUnavailable(f"q is on {q.device}: mla_decode needs a CUDA device; {STILL_WORKS}")
@@ -163,7 +184,9 @@ def _make_plan(tensors, out, head_dim_v, softmax_scale, causal, variant):
         return PORTABLE
     _check_cache(kv_cache)
     _check_alignment(q, kv_cache, out)
-    return DecodePlan(q, kv_cache, block_table, scale, causal, variant) if len(q) else None
+    if not len(q) or not len(block_table):
+        return None
+    return DecodePlan(q, kv_cache, block_table, scale, causal, variant, ragged=cu_seqlens_q is not None)
 
 
 def check_softmax_scale(softmax_scale: float | None) -> float:
@@ -179,10 +202,10 @@ def check_softmax_scale(softmax_scale: float | None) -> float:
 
 def _check_cache(kv_cache: torch.Tensor) -> None:
     if kv_cache.shape[1] not in PAGE_SIZES:
-        known = " or ".join(map(str, PAGE_SIZES))
+        known = ", ".join(map(str, PAGE_SIZES))
         raise ValueError(
-            f"kv_cache has pages of {kv_cache.shape[1]} tokens, must be {known}: lay the cache out with "
-            "that page size, or call mla_kernels.portable.mla_decode"
+            f"kv_cache has pages of {kv_cache.shape[1]} tokens, must be of one of {known}: lay "
+            "the cache out with such a page size, or call mla_kernels.portable.mla_decode"
         )
     if kv_cache.shape[0] == 0:
         raise ValueError("kv_cache has no pages, must have at least 1: allocate the pool before decoding")
@@ -227,6 +250,22 @@ def check_device_values(
         )
 
 
+def check_query_starts(cu_seqlens_q: torch.Tensor, total_q: int) -> None:
+    """Reads where query tokens begin back; ValueError for the first that is out of order. Synchronises."""
+    starts = cu_seqlens_q.tolist()
+    for i, (start, least) in enumerate(zip(starts, [0, *starts], strict=False)):
+        if not least <= start <= total_q or (i == 0 and start != 0):
+            most = 0 if i == 0 else total_q
+            raise ValueError(
+                f"cu_seqlens_q[{i}] is {start}, must be in [{least}, {most}]: begin at 0, ascend, and end at "
+                f"the {total_q} tokens of q"
+            )
+    if starts[-1] != total_q:
+        raise ValueError(
+            f"cu_seqlens_q ends at {starts[-1]}, must be the {total_q} tokens of q: cut q to them"
+        )
+
+
 @functools.cache
 def _warn_portable(device: int) -> None:
     warnings.warn(
@@ -236,13 +275,12 @@ def _warn_portable(device: int) -> None:
     )
 
 
-def _decode_portable(q, kv_cache, block_table, cache_seqlens, scale, causal, out):
+def _decode_portable(q, kv_cache, block_table, cache_seqlens, scale, causal, out, cu_seqlens_q):
     from mla_kernels import portable
 
     _warn_portable(q.device.index)
-    return portable.mla_decode(
-        q, kv_cache, block_table, cache_seqlens, softmax_scale=scale, causal=causal, out=out
-    )
+    options = {"softmax_scale": scale, "causal": causal, "out": out, "cu_seqlens_q": cu_seqlens_q}
+    return portable.mla_decode(q, kv_cache, block_table, cache_seqlens, **options)
 
 
 def merge_partials(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -274,11 +312,14 @@ def _decode_op(
     cache_seqlens: torch.Tensor,
     softmax_scale: float | None,
     causal: bool,
+    cu_seqlens_q: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return mla_decode(q, kv_cache, block_table, cache_seqlens, softmax_scale=softmax_scale, causal=causal)
+    options = {"softmax_scale": softmax_scale, "causal": causal, "cu_seqlens_q": cu_seqlens_q}
+    return mla_decode(q, kv_cache, block_table, cache_seqlens, **options)
 
 
 @_decode_op.register_fake
-def _decode_fake(q, kv_cache, block_table, cache_seqlens, softmax_scale, causal):
-    b, s_q, h_q, _ = q.shape
-    return q.new_empty((b, s_q, h_q, HEAD_DIM_V)), q.new_empty((b, h_q, s_q), dtype=torch.float32)
+def _decode_fake(q, kv_cache, block_table, cache_seqlens, softmax_scale, causal, cu_seqlens_q=None):
+    *tokens, h_q, _ = q.shape
+    lse = q.new_empty((*tokens[:-1], h_q, tokens[-1]), dtype=torch.float32)
+    return q.new_empty((*tokens, h_q, HEAD_DIM_V)), lse

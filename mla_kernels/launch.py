@@ -64,7 +64,11 @@ class DecodeParams(ctypes.Structure):
         ("causal", ctypes.c_int),
         ("items_each", ctypes.c_int),
         ("item_parts", ctypes.c_int),
-        ("pad", ctypes.c_char * 32),
+        ("cu_seqlens_q", ctypes.c_uint64),
+        ("page_shift", ctypes.c_int),
+        ("max_tokens", ctypes.c_int),
+        ("total_q", ctypes.c_int),
+        ("pad", ctypes.c_char * 12),
     )
 
 
@@ -152,16 +156,29 @@ def load(config: KernelConfig, entry: str, device: int, *, persistent: bool) -> 
 
 
 def kv_tensor_map(kv_cache: torch.Tensor) -> ctypes.Array:
-    """Tensor map of a page pool (num_pages, page_size, [1,] 576): boxes of 64 tokens."""
-    return _tensor_map(
-        kv_cache, (kv_cache.shape[1], kv_cache.shape[0]), (kv_cache.stride(1), kv_cache.stride(0)), 64
-    )
+    """Tensor map of a page pool (num_pages, page_size, [1,] 576): boxes of 64 tokens or of a page."""
+    num_pages, page_size = kv_cache.shape[:2]
+    strides = (kv_cache.stride(1), kv_cache.stride(0))
+    return _tensor_map(kv_cache, (page_size, num_pages), strides, min(page_size, 64))
+
+
+def token_pool(kv_cache: torch.Tensor, q: torch.Tensor) -> ctypes.Array:
+    """``TokenPool`` of cuda/schedule.cuh, in the place of the pool's tensor map."""
+    addresses = (kv_cache.data_ptr(), q.data_ptr(), kv_cache.stride(0), kv_cache.stride(1))
+    return (ctypes.c_uint64 * 16)(*addresses)
 
 
 def query_tensor_map(q: torch.Tensor, rows: int) -> ctypes.Array:
     """Tensor map of queries (b, s_q, h_q, 576), contiguous: boxes of ``rows`` of a sequence's rows."""
     b, s_q, h_q, columns = q.shape
     return _tensor_map(q, (s_q * h_q, b), (columns, s_q * h_q * columns), rows)
+
+
+def flat_query_tensor_map(q: torch.Tensor, rows: int) -> ctypes.Array:
+    """The same of all sequences' rows end to end, (total_q * h_q, 576) in any shape: of ragged queries."""
+    columns = q.shape[-1]
+    total = q.numel() // columns
+    return _tensor_map(q, (total, 1), (columns, total * columns), rows)
 
 
 def _tensor_map(

@@ -12,13 +12,14 @@ from mla_kernels import launch
 from mla_kernels.arguments import HEAD_DIM_V
 from mla_kernels.choice import H200_SMS, Grid, active_table
 from mla_kernels.compiler import KernelConfig
-from mla_kernels.tuning import DecodeTuning
+from mla_kernels.tuning import DecodeTuning, pages_of
 
 # Tensor cores truncate: a score summed in chains of 8 or 9 steps (bf16) comes out 8.5e-8 of itself too
 # small on average, in chains of 4 or 5 (fp16) 4.2e-8 (LSE of 45, H200). A little more than that makes the
 # worst row best (cuda/softmax.cuh, tests/test_truncation.py).
 _TRUNCATION = {torch.bfloat16: 1.1e-7, torch.float16: 7e-8}
 _ELEMENT = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+_MOST_TOKENS = 2**31 - 128  # of a sequence: positions are 32-bit, and are rounded up to tiles
 _MAPS_KEPT = 256  # of one plan: a cache a layer
 
 
@@ -29,14 +30,18 @@ def kernel_config(
     pages: int,
     ctas: int = H200_SMS,
     variant: DecodeTuning | str | None = None,
+    page_size: int = 64,
+    ragged: bool = False,
 ) -> KernelConfig:
     """The cubin that serves ``b`` sequences of at most ``pages`` pages, ``query_rows`` = s_q * h_q rows each.
+
+    ``pages``: of 64 tokens, or as many tokens in pages of ``page_size``.
 
     ``variant``: None for what the tuning table says, a tuning, or a building block of the table's kernel:
     "stream", "mma" or "skeleton".
     """
     tuning, work = _chosen(query_rows, b, pages, ctas, variant)
-    return tuning.kernel_config(_ELEMENT[dtype], work)
+    return tuning.kernel_config(_ELEMENT[dtype], work, pages_of(page_size, ragged))
 
 
 def _chosen(query_rows: int, b: int, pages: int, ctas: int, variant) -> tuple[DecodeTuning, str]:
@@ -53,14 +58,22 @@ class DecodePlan:
         q, kv_cache, block_table: tensors as the calls will bring them, checked; their contents are not read.
         scale, causal: as ``mla_decode`` has them.
         variant: as ``kernel_config`` has it.
+        ragged: q is (total_q, h_q, 576), and a call brings cu_seqlens_q.
     """
 
-    def __init__(self, q, kv_cache, block_table, scale: float, causal: bool, variant=None):
-        b, s_q, h_q, _ = q.shape
+    def __init__(
+        self, q, kv_cache, block_table, scale: float, causal: bool, variant=None, ragged: bool = False
+    ):
+        b, (max_pages, page_size) = len(block_table), (block_table.shape[1], kv_cache.shape[1])
+        h_q = q.shape[-2]
+        total_q = q.numel() // (h_q * q.shape[-1])
+        s_q = -(-total_q // b)  # of ragged queries the mean: what the choice and the grid are made for
         self.device = q.device.index
         ctas = launch.sm_count(self.device)
-        tuning, work = _chosen(s_q * h_q, b, block_table.shape[1], ctas, variant)
-        config, rows = tuning.kernel_config(_ELEMENT[q.dtype], work), tuning.rows
+        tuning, work = _chosen(s_q * h_q, b, -(-max_pages * page_size // 64), ctas, variant)
+        pages = pages_of(page_size, ragged)
+        tuning, config = tuning.for_pages(pages), tuning.kernel_config(_ELEMENT[q.dtype], work, pages)
+        self._pages, rows = pages, tuning.rows
         grid = Grid.of(rows, s_q * h_q, b, min(ctas, tuning.most_parts))
         self._kernel = launch.load(config, "mla_decode", self.device, persistent=True)
         self._grid = (grid.group, grid.groups)
@@ -75,40 +88,51 @@ class DecodePlan:
             s_q=s_q,
             h_q=h_q,
             num_pages=kv_cache.shape[0],
-            max_pages=block_table.shape[1],
+            max_pages=max_pages,
             table_stride=block_table.stride(0),
             row_blocks=grid.row_blocks,
             row_groups=grid.row_groups,
             causal=bool(causal),
             items_each=grid.items_each,
             item_parts=grid.item_parts,
+            page_shift=page_size.bit_length() - 1,
+            max_tokens=min(max_pages * page_size, _MOST_TOKENS),
+            total_q=total_q,
         )
         self._arguments = (ctypes.c_void_p * 1)(ctypes.addressof(self._params))
 
-    def run(self, q, kv_cache, block_table, cache_seqlens, out, lse) -> None:
+    def run(self, q, kv_cache, block_table, cache_seqlens, out, lse, cu_seqlens_q=None) -> None:
         """Launches on torch's current stream of the plan's device."""
         if torch._C._cuda_getDevice() == self.device:
-            self._launch(q, kv_cache, block_table, cache_seqlens, out, lse)
+            self._launch(q, kv_cache, block_table, cache_seqlens, out, lse, cu_seqlens_q)
         else:
             with torch.cuda.device(self.device):
-                self._launch(q, kv_cache, block_table, cache_seqlens, out, lse)
+                self._launch(q, kv_cache, block_table, cache_seqlens, out, lse, cu_seqlens_q)
 
-    def _launch(self, q, kv_cache, block_table, cache_seqlens, out, lse) -> None:
+    def _launch(self, q, kv_cache, block_table, cache_seqlens, out, lse, cu_seqlens_q) -> None:
         launch.bind(self.device)
         stream = launch.current_stream(self.device)
         params, workspace = self._params, launch.workspace(self.device)
         kv_address, q_address = kv_cache.data_ptr(), q.data_ptr()
         with workspace.lock:  # the packed arguments are shared, too
-            if kv_address != self._mapped[0]:
+            if self._pages == "tokens":
+                params.kv_map = launch.token_pool(kv_cache, q)
+            elif kv_address != self._mapped[0]:
                 params.kv_map = self._map(0, kv_address, lambda: launch.kv_tensor_map(kv_cache))
             if q_address != self._mapped[1]:
-                params.q_map = self._map(1, q_address, lambda: launch.query_tensor_map(q, self._rows))
+                params.q_map = self._map(1, q_address, lambda: self._query_map(q))
+            if cu_seqlens_q is not None:
+                params.cu_seqlens_q = cu_seqlens_q.data_ptr()
             params.out = out.data_ptr()
             params.lse = lse.data_ptr()
             params.block_table = block_table.data_ptr()
             params.cache_seqlens = cache_seqlens.data_ptr()
             params.partials, params.arrivals = workspace.addresses(stream, self._room)
             self._kernel.launch(self._grid, stream, self._arguments)
+
+    def _query_map(self, q) -> ctypes.Array:
+        encode = launch.query_tensor_map if self._pages == "tiles" else launch.flat_query_tensor_map
+        return encode(q, self._rows)
 
     def _map(self, which: int, address: int, encode) -> ctypes.Array:
         maps = self._maps[which]

@@ -6,6 +6,7 @@ depends on shapes and on the GPU only: results repeat bitwise, and lengths may c
 It is written to be right everywhere, not to be fast: 16 rows and 32 tokens fit the shared memory of any GPU.
 """
 
+import itertools
 import math
 import os
 from types import ModuleType
@@ -33,6 +34,7 @@ def mla_decode(
     causal: bool = False,
     out: "torch.Tensor | None" = None,
     return_lse: bool = True,
+    cu_seqlens_q: "torch.Tensor | None" = None,
 ) -> "tuple[torch.Tensor, torch.Tensor] | torch.Tensor":
     """The semantics of ``mla_kernels.mla_decode`` (see ``reference.py``), at any power-of-two page size.
 
@@ -46,6 +48,7 @@ def mla_decode(
         causal: bottom-right aligned causal mask over the s_q query tokens.
         out: where to write the result, (b, s_q, h_q, 512) of q's dtype.
         return_lse: False to get ``out`` alone.
+        cu_seqlens_q: (b + 1,) int32 for a q of (total_q, h_q, 576); here that costs a host synchronisation.
 
     Returns:
         out (b, s_q, h_q, 512) and lse (b, h_q, s_q) fp32, natural logarithm. NaN for a sequence whose length
@@ -58,7 +61,8 @@ def mla_decode(
     """
     import torch
 
-    check_decode_arguments(q, kv_cache, block_table, cache_seqlens, head_dim_v=head_dim_v, out=out)
+    own = {"out": out, "cu_seqlens_q": cu_seqlens_q}
+    check_decode_arguments(q, kv_cache, block_table, cache_seqlens, head_dim_v=head_dim_v, **own)
     page_size = kv_cache.shape[1]
     if page_size & (page_size - 1):
         raise ValueError(f"kv_cache has page_size {page_size}, must be a power of two: repack the cache")
@@ -71,6 +75,11 @@ def mla_decode(
             "TRITON_INTERPRET=1 before importing triton to interpret them, or use mla_kernels.reference"
         )
     kernels = _import_kernels()
+    if cu_seqlens_q is not None:
+        result = _decode_ragged(
+            q, kv_cache, block_table, cache_seqlens, cu_seqlens_q, out, softmax_scale, causal
+        )
+        return result if return_lse else result[0]
 
     b, s_q, h_q, d = q.shape
     rows, max_pages = s_q * h_q, block_table.shape[1]
@@ -115,6 +124,27 @@ def mla_decode(
         if interpreted:
             out.copy_(merged)
     return (out, lse) if return_lse else out
+
+
+def _decode_ragged(q, kv_cache, block_table, cache_seqlens, cu_seqlens_q, out, softmax_scale, causal):
+    """Each sequence's query tokens behind as many empty ones as make all equally many."""
+    import torch
+
+    starts = cu_seqlens_q.tolist()
+    counts = [end - begin for begin, end in itertools.pairwise(starts)]
+    longest, b = max(counts, default=0), len(counts)
+    out = q.new_empty(*q.shape[:2], 512) if out is None else out
+    lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    if longest == 0:
+        return out, lse
+    padded = q.new_zeros(b, longest, *q.shape[1:])
+    own = torch.tensor([[s >= longest - n for s in range(longest)] for n in counts], device=q.device)
+    padded[own] = q
+    options = {"softmax_scale": softmax_scale, "causal": causal}
+    padded_out, padded_lse = mla_decode(padded, kv_cache, block_table, cache_seqlens, **options)
+    out.copy_(padded_out[own])
+    lse.copy_(padded_lse.transpose(1, 2)[own].T)
+    return out, lse
 
 
 def _count_shares(device: "torch.device", programs_per_share: int, capacity: int) -> int:

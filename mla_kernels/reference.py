@@ -24,12 +24,14 @@ block_table[i, t // page_size].
 
 Rules all implementations here share:
   * causal: row s of s_q sees positions < len - s_q + 1 + s (the last row sees everything);
+  * sequences may have query tokens of their own number (cu_seqlens_q), which is then s_q in the rule above;
   * a row that sees nothing: out = 0, lse = -inf, so that it vanishes in a merge;
   * a length < 0 or beyond the table, or a page id outside the pool on a page in use: NaN in out and lse of
     that whole sequence, of no other, and no read outside the pool;
   * slots past the length, pages and table entries not in use are never looked at: they may hold anything.
 """
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -46,6 +48,7 @@ def mla_decode_reference(
     head_dim_v: int = 512,
     softmax_scale: float | None = None,
     causal: bool = False,
+    cu_seqlens_q: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """MLA decode in fp64, on the device of its inputs.
 
@@ -57,10 +60,16 @@ def mla_decode_reference(
         head_dim_v: leading numbers of a cache line that are the value.
         softmax_scale: factor on the logits, d ** -0.5 when None.
         causal: bottom-right aligned causal mask over the s_q query tokens.
+        cu_seqlens_q: (b + 1,) where the query tokens of each sequence begin in a q of (total_q, h_q, d).
 
     Returns:
-        out (b, s_q, h_q, head_dim_v) and lse (b, h_q, s_q), natural logarithm, both fp64.
+        out (b, s_q, h_q, head_dim_v) and lse (b, h_q, s_q), natural logarithm, both fp64. With cu_seqlens_q
+        (total_q, h_q, head_dim_v) and (h_q, total_q).
     """
+    if cu_seqlens_q is not None:
+        return _ragged_reference(
+            q, kv_cache, block_table, cache_seqlens, cu_seqlens_q, head_dim_v, softmax_scale, causal
+        )
     b, s_q, h_q, d = q.shape
     pool = kv_cache.squeeze(2) if kv_cache.dim() == 4 else kv_cache
     num_pages, page_size, _ = pool.shape
@@ -96,6 +105,23 @@ def mla_decode_reference(
         lse[chunk] = row_lse.transpose(1, 2)
     out[invalid] = float("nan")
     lse[invalid] = float("nan")
+    return out, lse
+
+
+def _ragged_reference(
+    q, kv_cache, block_table, cache_seqlens, cu_seqlens_q, head_dim_v, softmax_scale, causal
+):
+    out = torch.zeros(*q.shape[:2], head_dim_v, dtype=torch.float64, device=q.device)
+    lse = torch.full((q.shape[1], q.shape[0]), float("-inf"), dtype=torch.float64, device=q.device)
+    starts = cu_seqlens_q.tolist()
+    for i, (begin, end) in enumerate(itertools.pairwise(starts)):
+        if begin < end:
+            own = slice(i, i + 1)
+            options = {"head_dim_v": head_dim_v, "softmax_scale": softmax_scale, "causal": causal}
+            one_out, one_lse = mla_decode_reference(
+                q[None, begin:end], kv_cache, block_table[own], cache_seqlens[own], **options
+            )
+            out[begin:end], lse[:, begin:end] = one_out[0], one_lse[0]
     return out, lse
 
 

@@ -11,6 +11,14 @@ from .compiler import KernelConfig
 ROWS = (8, 16, 32, 64)  # query rows a CTA: decode_swapped.cu, the last decode_rows.cu
 WORK = {"decode": 0, "stream": 1, "mma": 2, "skeleton": 3}  # enum class Work of cuda/producer.cuh
 
+# How pages come into tiles of 64 tokens, and MLA_PAGE_SIZE of cuda/layout.cuh: pages of 64 are tiles; of
+# other powers of two from 8 on TMA brings pieces; tokens of smaller pages are gathered one by one. The last
+# two also take ragged queries.
+Pages = Literal["tiles", "pieces", "tokens"]
+PAGES = {"tiles": 64, "pieces": 0, "tokens": 1}
+PAGE_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+PRODUCER_REGISTERS = {"pieces": 40, "tokens": 56}  # at least
+
 # cuda/layout.cuh
 BOX_BYTES, BOXES, GROUP_BOXES, GROUPS, STEPS_PER_BOX = 8192, 9, 4, 2, 4
 WARPGROUP, WARPGROUPS = 128, 4  # values, values, scores, producer
@@ -20,6 +28,13 @@ LEAST_REGISTERS, MOST_REGISTERS = 24, 240
 ENTRY_REGISTERS = (
     REGISTER_LIMIT // WARPGROUPS
 )  # a thread at launch; values ask for more, the producer for less
+
+
+def pages_of(page_size: int, ragged: bool) -> Pages:
+    """How pages of this size come into tiles."""
+    if page_size == 64 and not ragged:
+        return "tiles"
+    return "pieces" if page_size >= 8 else "tokens"
 
 
 class TuningError(ValueError):
@@ -169,13 +184,25 @@ class DecodeTuning:
             ("the rest", rest),
         )
 
-    def kernel_config(self, element: Literal["bf16", "fp16"], work: str = "decode") -> KernelConfig:
-        """The cubin, and how it is launched. ``work`` other than "decode" is a building block."""
+    def kernel_config(
+        self, element: Literal["bf16", "fp16"], work: str = "decode", pages: Pages = "tiles"
+    ) -> KernelConfig:
+        """The cubin, and how it is launched. ``work`` other than "decode" is a building block.
+
+        ``pages`` other than "tiles": of ``for_pages``, under this tuning's name.
+        """
+        if pages != "tiles":
+            built = self.for_pages(pages).kernel_config(element, work)
+            defines = tuple(
+                (name, PAGES[pages] if name == "MLA_PAGE_SIZE" else value) for name, value in built.defines
+            )
+            name = f"{self.kernel_config(element, work).name}-{pages}"
+            return dataclasses.replace(built, defines=defines, name=name)
         source = "decode_rows.cu" if self.rows == 64 else "decode_swapped.cu"
         defines = (
             ("MLA_BF16", int(element == "bf16")),
             ("MLA_ROWS", self.rows),
-            ("MLA_PAGE_SIZE", 64),
+            ("MLA_PAGE_SIZE", PAGES["tiles"]),
             ("MLA_ITEM_UNITS", self.item_units),
             ("MLA_MIN_TILES", self.min_tiles),
             ("MLA_ALIGN_PERCENT", self.align_percent),
@@ -195,6 +222,27 @@ class DecodeTuning:
         if compiled := dataclasses.replace(self, programmatic=True).changes():
             name += "+" + compiled.replace(",", "+")
         return KernelConfig(source, defines, name, SHARED_LIMIT, self.threads, self.programmatic)
+
+    def for_pages(self, pages: Pages) -> DecodeTuning:
+        """The same where pages are no tiles: their loader wants more registers.
+
+        With 64 rows the scores have none to give while they hold queries. Then most queries go back to shared
+        memory, and the ring is half a tile shorter: 13 to 15 % slower where compute binds
+        (data/h200/tuning.json, ``group_slots=4,register_steps=4``).
+        """
+        if pages == "tiles":
+            return self
+        more = max(0, PRODUCER_REGISTERS[pages] - self.producer_registers)
+        changed = {
+            "score_registers": self.score_registers - more,
+            "producer_registers": self.producer_registers + more,
+        }
+        if self.rows == 64:
+            changed |= {
+                "group_slots": min(self.group_slots, 4),
+                "register_steps": min(self.register_steps, 4),
+            }
+        return dataclasses.replace(self, **changed)
 
     def changes(self) -> str:
         """What differs from the shipped variant of these rows: "ahead_boxes=1,group_slots=4", or nothing."""

@@ -198,7 +198,7 @@ struct Scores {
         const u32 row = this->row(), column = launder(lane) % 4 * 2;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const int end = visible_end(p, w.kv_len, w.row_block * kRows + row + r * 8) - tile * kTileTokens - column;
+            const int end = visible_end(p, kRagged ? seen_by_all(p, w) : w.kv_len, kRagged ? 1 : p.s_q, w.row_block * kRows + row + r * 8) - tile * kTileTokens - column;
 #pragma unroll
             for (int i = 0; i < kTileTokens / 2; ++i)
                 if ((i / 2 & 1) == r && i / 4 * 8 + (i & 1) >= end) s[i] = -kInfinity;

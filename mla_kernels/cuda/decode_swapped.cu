@@ -124,7 +124,7 @@ struct Scores {
         for (int i = 0; i < kRows / 2; ++i) {
             const int token = tile * kTileTokens + warp * 16 + lane / 4 + (i & 2) * 4;
             const int row = w.row_block * kRows + column_of(column_slot(i), lane);
-            if (token >= visible_end(p, w.kv_len, row)) s[i] = -kInfinity;
+            if (token >= visible_end(p, kRagged ? seen_by_all(p, w) : w.kv_len, kRagged ? 1 : p.s_q, row)) s[i] = -kInfinity;
         }
     }
 

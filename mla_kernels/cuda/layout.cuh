@@ -5,8 +5,14 @@
 constexpr int kHeadDim = 576;   // latent (512) + rotary (64): what a query is compared with
 constexpr int kHeadDimV = 512;  // the latent alone: what is averaged
 constexpr int kTileTokens = 64;
-constexpr int kPageTokens = MLA_PAGE_SIZE;
-static_assert(kPageTokens == kTileTokens, "a page is one tile");
+constexpr int kPageTokens = MLA_PAGE_SIZE;  // or 0: known at run time, a power of two; or 1: likewise, less than 8
+
+// How pages come into tiles. (No variables: one more of them, and ptxas arranges the whole kernel otherwise.)
+enum : bool {
+    kPageIsTile = kPageTokens == kTileTokens,
+    kGathers = kPageTokens == 1,  // warps bring tokens one by one; otherwise TMA, a tile, or a piece of one or a page, at a time
+    kRagged = !kPageIsTile,       // sequences may have query tokens of their own number
+};
 
 // A box is 64 latent columns of a 64-token tile: 64 rows of 128 bytes, 128-byte swizzle, one TMA instruction.
 // Boxes 0-7 are read twice (as K, then as V), box 8, the rotary part, once.
@@ -29,6 +35,7 @@ constexpr int kValueThreads = 2 * kWarpgroup;
 constexpr int kScoreThreads = kWarpgroup;
 constexpr int kMergeThreads = kValueThreads + kScoreThreads;  // threads 0 to 383
 constexpr int kThreads = kValueThreads + kScoreThreads + kWarpgroup;
+enum : int { kGatherThreads = 64 };  // of the producer's, where kGathers
 constexpr int kMaxSharedBytes = 227 * 1024;
 
 // Named barriers (0 is __syncthreads).

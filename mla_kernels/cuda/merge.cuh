@@ -83,7 +83,7 @@ struct Merge {
             for (int k = own; k < parts; k += kLanes) of_row[k * rows].m = rescale_factor(of_row[k * rows].m, m) * inverse;
             const int r = first_row + row, first_unit = r / Fragment::kWarpRows * kVectors<kRows>;
             if (own == 0 && r < valid_rows<kRows>(p, w) && first_unit >= begin && first_unit < end)
-                store_lse(p, w.request, w.row_block * kRows + r, natural_lse(m, l));
+                store_lse(p, w.request, first_query(p, w), w.row_block * kRows + r, natural_lse(m, l));
         }
     }
 
@@ -106,7 +106,7 @@ struct Merge {
 
     __device__ void store(int unit, int run, float4 v) const {
         const int owner = (run * 4 + warp_of(unit)) * 32 + lane;
-        Fragment::store_one(out_row(p, w.request, w.row_block * kRows), valid_rows<kRows>(p, w), owner, unit % kVectors<kRows>, v);
+        Fragment::store_one(out_row(p, first_query(p, w), w.row_block * kRows), valid_rows<kRows>(p, w), owner, unit % kVectors<kRows>, v);
     }
 
     __device__ void operator()() const {

@@ -28,7 +28,7 @@ template <int kRows>
 __device__ __forceinline__ void write_stats(const DecodeParams& p, const WorkItem& w, int row, const RowStats& stats, float* n) {
     n[row] = stats.n;
     if (is_split(w)) partial_slot<kRows>(p, w.first_cta, w.part).stats[row] = stats;
-    else if (row < valid_rows<kRows>(p, w)) store_lse(p, w.request, w.row_block * kRows + row, natural_lse(stats.m, stats.l));
+    else if (row < valid_rows<kRows>(p, w)) store_lse(p, w.request, first_query(p, w), w.row_block * kRows + row, natural_lse(stats.m, stats.l));
 }
 
 __device__ __forceinline__ void spin_until(const u32* counter, u32 count) {

@@ -39,7 +39,7 @@ template <class Scores, int kCount>
 __device__ __forceinline__ void finish_tile(Scores& scores, TileRing& ring, const WorkItem& w, int tile, u32 ordinal, float (&s)[kCount]) {
     if constexpr (kSoftmax) {
         const DecodeParams& p = scores.p;
-        if ((tile + 1) * kTileTokens > w.kv_len - (p.causal ? p.s_q - 1 : 0)) scores.mask(w, tile, s);
+        if ((tile + 1) * kTileTokens > seen_by_all(p, w)) scores.mask(w, tile, s);
         scores.softmax(ordinal, s);
         scores.store_p(ordinal, s);
         const int valid = w.kv_len - tile * kTileTokens;
@@ -116,8 +116,12 @@ __device__ __forceinline__ void run_cta(const DecodeParams& p, SharedMemory& sme
         setmaxnreg_dec<kProducerRegisters>();
         const int warp = (threadIdx.x - (kThreads - kWarpgroup)) / 32;
         if (warp == 0) schedule_items(p, smem.queue);
-        else if (warp == 1) load_items(p, smem.ring, smem.queue);
-        else if (warp == 2) smem.fetch_queries(p);
+        else if (warp == 1) {
+            if constexpr (kPageIsTile) load_items(p, smem.ring, smem.queue);
+            else if constexpr (kGathers) gather_items(p, smem.ring, smem.queue, 0);
+            else load_items_in_pieces(p, smem.ring, smem.queue);
+        } else if (warp == 2) smem.fetch_queries(p);
+        else if (kGathers) gather_items(p, smem.ring, smem.queue, 1);
         return;
     } else if (warpgroup == 2) {
         if (kScoreRegisters >= 128) setmaxnreg_inc<kScoreRegisters>();

@@ -34,11 +34,11 @@ struct TileRing {  // at a multiple of 1,024 bytes, the swizzle's atom
 
     __device__ void init_barriers() {
         for (int i = 0; i < kGroupSlots; ++i) {
-            for (int c = 0; c < kGroupBoxes; ++c) mbarrier_init(&group_full[i][c], 1);
+            for (int c = 0; c < kGroupBoxes; ++c) mbarrier_init(&group_full[i][c], kGathers ? kGatherThreads : 1);
             mbarrier_init(&group_empty[i], kWarpgroup / 32);
         }
         for (int i = 0; i < kRotarySlots; ++i) {
-            mbarrier_init(&rotary_full[i], 1);
+            mbarrier_init(&rotary_full[i], kGathers ? kGatherThreads + 1 : 1);
             mbarrier_init(&rotary_empty[i], kValueThreads / 32);
             mbarrier_init(&scored[i], kScoreThreads / 32);
         }
@@ -55,6 +55,7 @@ struct TileRing {  // at a multiple of 1,024 bytes, the swizzle's atom
     __device__ void wait_box(u32 ordinal, int c) {
         if (c == kRotaryBox) mbarrier_wait(&rotary_full[rotary_slot(ordinal)], rotary_phase(ordinal));
         else mbarrier_wait(&group_full[group_slot(ordinal, c / kGroupBoxes)][c % kGroupBoxes], group_phase(ordinal, c / kGroupBoxes));
+        if constexpr (kGathers) fence_proxy_async();  // threads wrote the box, WGMMA reads it
     }
     // Score warpgroup, every thread, after its writes to the tile: hands the tile to the value warpgroups.
     __device__ void publish(u32 ordinal) {
@@ -100,13 +101,75 @@ struct TileRing {  // at a multiple of 1,024 bytes, the swizzle's atom
         mbarrier_arrive_expect_tx(&rotary_full[slot], kBoxBytes);
         tma_load_3d(rotary[slot], map, &rotary_full[slot], kRotaryBox * kBoxColumns, y, z);
     }
+    // One warp: the nine boxes in pieces of `rows` rows. `find(first, y, z)`: where in `map` the piece from row `first` on is.
+    template <class Find>
+    __device__ void load_pieces(u32 ordinal, const TensorMap* map, int rows, Find find) {
+        const bool leads = (threadIdx.x & 31) == 0;
+#pragma unroll 1
+        for (int g = 0; g < kGroups; ++g) {
+            const u32 slot = group_slot(ordinal, g);
+            if (leads) {
+                mbarrier_wait(&group_empty[slot], group_phase(ordinal, g) ^ 1);
+#pragma unroll
+                for (int c = 0; c < kGroupBoxes; ++c) mbarrier_arrive_expect_tx(&group_full[slot][c], kBoxBytes);
+            }
+#pragma unroll 1
+            for (int first = 0; first < kTileTokens; first += rows) {
+                int y, z;
+                find(first, y, z);
+                if (!leads) continue;
+#pragma unroll
+                for (int c = 0; c < kGroupBoxes; ++c)
+                    tma_load_3d(group[slot][c] + first * kBoxColumns, map, &group_full[slot][c], (g * kGroupBoxes + c) * kBoxColumns, y, z);
+            }
+        }
+        const u32 slot = rotary_slot(ordinal);
+        if (leads) {
+            mbarrier_wait(&rotary_empty[slot], rotary_phase(ordinal) ^ 1);
+            mbarrier_arrive_expect_tx(&rotary_full[slot], kBoxBytes);
+        }
+#pragma unroll 1
+        for (int first = 0; first < kTileTokens; first += rows) {
+            int y, z;
+            find(first, y, z);
+            if (leads) tma_load_3d(rotary[slot] + first * kBoxColumns, map, &rotary_full[slot], kRotaryBox * kBoxColumns, y, z);
+        }
+    }
+    // `kGatherThreads` threads, `warp` of their warps: the nine boxes, a row of 1,152 bytes by eight neighbours.
+    // `find(row)`: where row `row` is, or null for zeros. (Every lane asks, four rows at a time.)
+    template <class Find>
+    __device__ void gather(u32 ordinal, int warp, Find find) {
+        const int lane = threadIdx.x & 31, chunk = lane % 8;
+        const u32 last = rotary_slot(ordinal), slots[kGroups] = {group_slot(ordinal, 0), group_slot(ordinal, 1)};
+        if (lane == 0) {
+#pragma unroll
+            for (int g = 0; g < kGroups; ++g) mbarrier_wait(&group_empty[slots[g]], group_phase(ordinal, g) ^ 1);
+            mbarrier_wait(&rotary_empty[last], rotary_phase(ordinal) ^ 1);
+        }
+        __syncwarp();
+#pragma unroll 2
+        for (int quad = warp; quad < kTileTokens / 4; quad += kGatherThreads / 32) {
+            const int row = quad * 4 + lane / 8;
+            const u16* from = find(row);
+            const u32 bytes = from == nullptr ? 0 : 16, to = swizzled_offset(row, chunk);
+#pragma unroll
+            for (int c = 0; c < kBoxes; ++c) {
+                u16* box = c == kRotaryBox ? rotary[last] : group[slots[c / kGroupBoxes % kGroups]][c % kGroupBoxes];
+                copy_async_or_zero(reinterpret_cast<char*>(box) + to, from + c * kBoxColumns + chunk * 8, bytes);
+            }
+        }
+#pragma unroll
+        for (int c = 0; c < kBoxesV; ++c) copy_async_arrive(&group_full[slots[c / kGroupBoxes]][c % kGroupBoxes]);
+        copy_async_arrive(&rotary_full[last]);
+        if (warp == 0 && lane == 0) mbarrier_arrive(&rotary_full[last]);  // also for what this thread wrote besides
+    }
 };
 
 // Work items on their way from the producer to the other roles. `request` < 0 ends the share.
 struct ItemQueue {
     static constexpr int kSlots = 3;
     // Warps that read it: values, scores, loader, and where queries do not come through the ring theirs.
-    static constexpr int kReaders = (kValueThreads + kScoreThreads) / 32 + 1 + (MLA_ROWS != kTileTokens);
+    static constexpr int kReaders = (kValueThreads + kScoreThreads) / 32 + 1 + (MLA_ROWS != kTileTokens) + kGathers;
     WorkItem item[kSlots];
     u64 full[kSlots], empty[kSlots];
 

@@ -97,6 +97,15 @@ __device__ __forceinline__ void tma_load_3d(void* smem, const TensorMap* map, u6
 __device__ __forceinline__ void copy_async(void* smem, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(smem_address(smem)), "l"(from) : "memory");
 }
+// The same of `bytes` (0 or 16), the rest zeros. `copy_async_arrive`: one arrival at `barrier` when all copies that this
+// thread began before are there.
+__device__ __forceinline__ void copy_async_or_zero(void* smem, const void* from, u32 bytes) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(smem_address(smem)), "l"(from), "r"(bytes)
+                 : "memory");
+}
+__device__ __forceinline__ void copy_async_arrive(u64* barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(smem_address(barrier)) : "memory");
+}
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
 __device__ __forceinline__ void copy_async_wait() {

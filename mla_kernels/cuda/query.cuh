@@ -27,7 +27,7 @@ __device__ __forceinline__ void fetch_queries(const DecodeParams& p, QueryBuffer
                 mbarrier_arrive_expect_tx(&q.full, sizeof(q.box));
 #pragma unroll 1
                 for (int c = 0; c < kBoxes; ++c)
-                    tma_load_3d(q.box[c], &p.q_map, &q.full, c * kBoxColumns, w.row_block * kRows, w.request);
+                    tma_load_3d(q.box[c], &p.q_map, &q.full, c * kBoxColumns, query_row(p, w, w.row_block * kRows), query_plane(w));
             }
             ++loaded;
         }

@@ -25,18 +25,25 @@ __device__ __forceinline__ float natural_lse(float m, float l) {
     return l == 0.f ? -kInfinity : fmaf(m, kLn2, logf(l));
 }
 
-__device__ __forceinline__ void store_lse(const DecodeParams& p, int request, int row, float lse) {
+// `row` (s * h_q + h) of the item's sequence: into (b, h_q, s_q), of ragged queries into (h_q, total_q).
+__device__ __forceinline__ void store_lse(const DecodeParams& p, int request, long long first, int row, float lse) {
     const int s = row / p.h_q, h = row - s * p.h_q;
+    if constexpr (kRagged)
+        if (p.cu_seqlens_q != nullptr) {
+            p.lse[static_cast<long long>(h) * p.total_q + first + s] = lse;
+            return;
+        }
     p.lse[(static_cast<long long>(request) * p.h_q + h) * p.s_q + s] = lse;
 }
 
-__device__ __forceinline__ u16* out_row(const DecodeParams& p, int request, int row) {
-    return p.out + (static_cast<long long>(request) * p.s_q * p.h_q + row) * kHeadDimV;
+// `first`: query tokens before the sequence's.
+__device__ __forceinline__ u16* out_row(const DecodeParams& p, long long first, int row) {
+    return p.out + (first * p.h_q + row) * kHeadDimV;
 }
 
 template <int kRows>
 __device__ __forceinline__ int valid_rows(const DecodeParams& p, const WorkItem& w) {
-    return min(kRows, p.s_q * p.h_q - w.row_block * kRows);
+    return min(kRows, query_tokens(p, w) * p.h_q - w.row_block * kRows);
 }
 
 // An item without tiles: zero and -inf for an empty sequence, NaN for a length outside the page table.
@@ -46,10 +53,10 @@ __device__ __forceinline__ void write_empty(const DecodeParams& p, const WorkIte
     const float fill = w.invalid ? kNan : 0.f;
     const u32 packed = pack_elements(fill, fill);
     const u32 thread = launder(threadIdx.x);
-    auto* out = reinterpret_cast<uint2*>(out_row(p, w.request, w.row_block * kRows));
+    auto* out = reinterpret_cast<uint2*>(out_row(p, first_query(p, w), w.row_block * kRows));
     for (int i = thread; i < rows * kHeadDimV / 4; i += kValueThreads) out[i] = make_uint2(packed, packed);
     for (int r = thread; r < rows; r += kValueThreads)
-        store_lse(p, w.request, w.row_block * kRows + r, w.invalid ? kNan : -kInfinity);
+        store_lse(p, w.request, first_query(p, w), w.row_block * kRows + r, w.invalid ? kNan : -kInfinity);
 }
 
 // v + a * weights
@@ -62,7 +69,7 @@ template <int kRows, class Values>
 __device__ __forceinline__ void write_out(const DecodeParams& p, const WorkItem& w, Values& values, const float (&weight)[Values::Fragment::kThreadRows]) {
     using Fragment = typename Values::Fragment;
     const u32 thread = launder(threadIdx.x);
-    u16* out = out_row(p, w.request, w.row_block * kRows);
+    u16* out = out_row(p, first_query(p, w), w.row_block * kRows);
     const int rows = valid_rows<kRows>(p, w);
 #pragma unroll
     for (int j = 0; j < kVectors<kRows>; j += Fragment::kStoreVectors)

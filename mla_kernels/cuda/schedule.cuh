@@ -8,8 +8,8 @@
 #include "layout.cuh"
 
 struct alignas(64) DecodeParams {
-    TensorMap kv_map;          // (576 columns, page_size tokens, num_pages), boxes of 64 x 64
-    TensorMap q_map;           // (576 columns, s_q * h_q rows, b), boxes of 64 x a CTA's rows
+    TensorMap kv_map;          // (576 columns, page_size tokens, num_pages), boxes of 64 x min(page_size, 64); or a TokenPool
+    TensorMap q_map;           // (576 columns, s_q * h_q rows, b), boxes of 64 x a CTA's rows; where kRagged all rows, 1
     u16* out;                  // (b, s_q, h_q, 512)
     float* lse;                // (b, h_q, s_q), natural log
     const int* block_table;    // (b, max_pages)
@@ -20,7 +20,23 @@ struct alignas(64) DecodeParams {
     int b, s_q, h_q, num_pages, max_pages, table_stride, row_blocks, row_groups, causal;
     int items_each;  // b * row_groups items over the groups of CTAs: so many each, or 0,
     int item_parts;  // where there are more groups, and so many an item
+    // What follows is read where kRagged only.
+    const int* cu_seqlens_q;  // (b + 1,), where each sequence's query tokens begin; or null: s_q each
+    int page_shift;           // log2 of the page size
+    int max_tokens;           // that a row of the page table has room for
+    int total_q;              // query tokens
 };
+
+// Where tokens are that warps gather: it stands in the place of kv_map.
+struct TokenPool {
+    const u16 *kv, *q;
+    long long page_stride, token_stride;  // elements
+};
+
+__device__ __forceinline__ int max_tokens(const DecodeParams& p) {
+    if constexpr (kPageIsTile) return p.max_pages * kTileTokens;
+    else return p.max_tokens;
+}
 
 struct WorkItem {
     int request, kv_len, tiles;
@@ -31,7 +47,47 @@ struct WorkItem {
     int part, parts;       // which of the item's parts this is, of how many
     int slices;            // CTAs that have a part as their last item
     bool invalid;  // a length outside the table, or (set while its tiles stream in) a page outside the pool: NaN
+#if MLA_PAGE_SIZE != 64  // kRagged
+    int first_query, queries;  // tokens among all, and of this sequence
+    int seen_by_all;           // positions that every one of them sees
+#endif
 };
+
+// Query tokens of an item's sequence, and those before it.
+template <class Item>
+__device__ __forceinline__ int query_tokens(const DecodeParams& p, const Item& w) {
+    if constexpr (kRagged) return w.queries;
+    else return p.s_q;
+}
+// Positions that all of them see.
+template <class Item>
+__device__ __forceinline__ int seen_by_all(const DecodeParams& p, const Item& w) {
+    if constexpr (kRagged) return w.seen_by_all;
+    else return w.kv_len - (p.causal ? p.s_q - 1 : 0);
+}
+template <class Item>
+__device__ __forceinline__ long long first_query(const DecodeParams& p, const Item& w) {
+    if constexpr (kRagged) return w.first_query;
+    else return static_cast<long long>(w.request) * p.s_q;
+}
+// Where an item's rows are in q_map: its row and plane.
+template <class Item>
+__device__ __forceinline__ int query_row(const DecodeParams& p, const Item& w, int row) {
+    if constexpr (kRagged) return w.first_query * p.h_q + row;
+    else return row;
+}
+template <class Item>
+__device__ __forceinline__ int query_plane(const Item& w) {
+    if constexpr (kRagged) return 0;
+    else return w.request;
+}
+// Query tokens of a sequence, and those before it, read; what points outside the tensors is cut.
+__device__ __forceinline__ int find_queries(const DecodeParams& p, int request, int& first) {
+    first = request * p.s_q;
+    if (p.cu_seqlens_q == nullptr) return p.s_q;
+    first = min(max(p.cu_seqlens_q[request], 0), p.total_q);
+    return min(max(p.cu_seqlens_q[request + 1], first), p.total_q) - first;
+}
 
 // a / b of what is not negative, below 2^20. Short code, as all here: it runs once and is in no cache then.
 __device__ __forceinline__ int divide(int a, int b) {
@@ -44,26 +100,29 @@ class WorkRange {
    public:
     __device__ explicit WorkRange(const DecodeParams& p) : p_(p) {
         const int lane = threadIdx.x & 31, groups = gridDim.y;
-        int sum = 0, least = 0x7fffffff, most = 0;
+        int sum = 0, least = 0x7fffffff, most = 0, units = 0;
 #pragma unroll 4
         for (int i = lane; i < p.b; i += 32) {
             const int n = tiles(i);
             sum += n, least = min(least, n), most = max(most, n);
+            if constexpr (kRagged) units += row_groups(i) * (n + kItemUnits);
         }
         sum = __reduce_add_sync(0xffffffffu, sum);
         least = __reduce_min_sync(0xffffffffu, least), most = __reduce_max_sync(0xffffffffu, most);
-        share_ = max(divide(p.row_groups * (sum + p.b * kItemUnits) + groups - 1, groups), kMinTiles);
-        const bool uniform = least == most && most > 0;
+        if constexpr (kRagged) units = __reduce_add_sync(0xffffffffu, units);
+        else units = p.row_groups * (sum + p.b * kItemUnits);
+        share_ = max(divide(units + groups - 1, groups), kMinTiles);
+        const bool uniform = least == most && most > 0 && !(kRagged && p.cu_seqlens_q != nullptr);
         if (uniform) align(most);
-        const int total = p.row_groups * (sum + p.b * item_units_);
+        const int total = kRagged && !uniform ? units : p.row_groups * (sum + p.b * item_units_);
         position_ = blockIdx.y * share_;
         end_ = min(position_ + share_, total);
         if (position_ >= end_) return;
         bool found = uniform;
         if (uniform) {
             tiles_ = most;
-            request_ = divide(position_, units_of(most));
-            item_begin_ = request_ * units_of(most);
+            request_ = divide(position_, p.row_groups * (most + item_units_));
+            item_begin_ = request_ * (p.row_groups * (most + item_units_));
         }
         // (short code here: at a launch it is in no cache, but the lengths are by now)
 #pragma unroll 1
@@ -80,12 +139,13 @@ class WorkRange {
             const int item_end = first_tile + tiles_;
             const int stop = min(end_, item_end);
             w.request = request_;
+            if constexpr (kRagged) find_queries_of(w);
             w.kv_len = p_.cache_seqlens[request_];
-            w.invalid = w.kv_len < 0 || w.kv_len > p_.max_pages * kPageTokens;
+            w.invalid = w.kv_len < 0 || w.kv_len > max_tokens(p_);
             w.tiles = tiles_;
             w.row_block = row_group_ * gridDim.x + blockIdx.x;
             // (What decides is not read from `w`, which other lanes may already be writing anew.)
-            const bool active = row_group_ * gridDim.x + blockIdx.x < p_.row_blocks;
+            const bool active = row_group_ * gridDim.x + blockIdx.x < row_blocks(request_);
             const int begin = max(position_ - first_tile, 0), end = max(stop - first_tile, 0);
             w.begin = begin, w.end = end;
             w.ordinal = streamed_ + kQueryTiles;
@@ -100,9 +160,11 @@ class WorkRange {
             position_ = stop;
             if (position_ == item_end) {
                 item_begin_ = item_end;
-                if (++row_group_ == p_.row_groups) {
+                if (++row_group_ == row_groups(request_)) {
                     row_group_ = 0;
                     ++request_;
+                    if constexpr (kRagged)
+                        while (request_ < p_.b && row_groups(request_) == 0) ++request_;
                     if (position_ < end_) tiles_ = tiles(request_);
                 }
             }
@@ -133,13 +195,35 @@ class WorkRange {
 
     __device__ int tiles(int request) const {
         const int length = p_.cache_seqlens[request];
-        return length < 0 || length > p_.max_pages * kPageTokens ? 0 : (length + kTileTokens - 1) / kTileTokens;
+        return length < 0 || length > max_tokens(p_) ? 0 : (length + kTileTokens - 1) / kTileTokens;
     }
-    __device__ int units_of(int tiles) const { return p_.row_groups * (tiles + item_units_); }
+    __device__ int row_blocks(int request) const {
+        if constexpr (!kRagged) return p_.row_blocks;
+        if (p_.cu_seqlens_q == nullptr) return p_.row_blocks;
+        int first;
+        return (find_queries(p_, request, first) * p_.h_q + MLA_ROWS - 1) / MLA_ROWS;
+    }
+    template <class Item>
+    __device__ void find_queries_of(Item& w) const {
+        if constexpr (kRagged) {
+            w.queries = find_queries(p_, request_, w.first_query);
+            w.seen_by_all = p_.cache_seqlens[request_] - (p_.causal ? w.queries - 1 : 0);
+        }
+    }
+    __device__ int row_groups(int request) const {
+        if constexpr (!kRagged) return p_.row_groups;
+        if (p_.cu_seqlens_q == nullptr) return p_.row_groups;
+        return divide(row_blocks(request) + gridDim.x - 1, gridDim.x);
+    }
+    __device__ int units_of(int request, int tiles) const {
+        if constexpr (kRagged)
+            if (request >= p_.b) return 0;
+        return row_groups(request) * (tiles + item_units_);
+    }
 
     // Whether one of 32 requests from `base` on holds `position_`; the lanes give their tiles, and item_begin_ advances.
     __device__ bool find(int base, int lane_tiles) {
-        const int lane = threadIdx.x & 31, own = units_of(lane_tiles);
+        const int lane = threadIdx.x & 31, own = units_of(base + lane, lane_tiles);
         int inclusive = own;
 #pragma unroll
         for (int step = 1; step < 32; step *= 2) {

@@ -28,8 +28,9 @@ __device__ __forceinline__ float rescale_factor(float before, float after) {
 // Reference to subtract: a row that has seen nothing has only -inf scores, which must give p = 0.
 __device__ __forceinline__ float finite_reference(float m) { return m == -kInfinity ? 0.f : m; }
 
-// First position that query row `row` (s * h_q + h) does not see.
+// First position that query row `row` (s * h_q + h) does not see, where `queries` follow on what `kv_len` tells of them all;
+// where they are ragged, what all see is known, and the first of them stands for it.
 template <class Params>
-__device__ __forceinline__ int visible_end(const Params& p, int kv_len, int row) {
-    return p.causal ? kv_len - p.s_q + 1 + row / p.h_q : kv_len;
+__device__ __forceinline__ int visible_end(const Params& p, int kv_len, int queries, int row) {
+    return p.causal ? kv_len - queries + 1 + row / p.h_q : kv_len;
 }
