@@ -65,8 +65,8 @@ def mla_decode(
 
     Returns:
         out (b, s_q, h_q, 512) of q's dtype and lse (b, h_q, s_q) fp32, natural log; 0 and -inf where a row
-        sees nothing. With cu_seqlens_q out (total_q, h_q, 512) and lse (h_q, total_q). NaN in a sequence with a
-        length outside [0, max_pages * page_size] or a page id outside the pool.
+        sees nothing. With cu_seqlens_q out (total_q, h_q, 512) and lse (h_q, total_q). NaN in a sequence of
+        a length outside [0, max_pages * page_size] or with a page id outside the pool.
 
     Raises:
         TypeError, ValueError: an argument of another type, shape, stride or device; with

@@ -12,7 +12,7 @@ from mla_kernels import launch
 from mla_kernels.arguments import HEAD_DIM_V
 from mla_kernels.choice import H200_SMS, Grid, active_table
 from mla_kernels.compiler import KernelConfig
-from mla_kernels.tuning import DecodeTuning, pages_of
+from mla_kernels.tuning import TILE_TOKENS, DecodeTuning, pages_of
 
 # Tensor cores truncate: a score summed in chains of 8 or 9 steps (bf16) comes out 8.5e-8 of itself too
 # small on average, in chains of 4 or 5 (fp16) 4.2e-8 (LSE of 45, H200). A little more than that makes the
@@ -70,7 +70,7 @@ class DecodePlan:
         s_q = -(-total_q // b)  # of ragged queries the mean: what the choice and the grid are made for
         self.device = q.device.index
         ctas = launch.sm_count(self.device)
-        tuning, work = _chosen(s_q * h_q, b, -(-max_pages * page_size // 64), ctas, variant)
+        tuning, work = _chosen(s_q * h_q, b, -(-max_pages * page_size // TILE_TOKENS), ctas, variant)
         pages = pages_of(page_size, ragged)
         tuning, config = tuning.for_pages(pages), tuning.kernel_config(_ELEMENT[q.dtype], work, pages)
         self._pages, rows = pages, tuning.rows

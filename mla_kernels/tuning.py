@@ -20,6 +20,7 @@ PAGE_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 PRODUCER_REGISTERS = {"pieces": 40, "tokens": 56}  # at least
 
 # cuda/layout.cuh
+TILE_TOKENS = 64
 BOX_BYTES, BOXES, GROUP_BOXES, GROUPS, STEPS_PER_BOX = 8192, 9, 4, 2, 4
 WARPGROUP, WARPGROUPS = 128, 4  # values, values, scores, producer
 SHARED_LIMIT = 227 * 1024  # bytes that a block may have
@@ -32,7 +33,7 @@ ENTRY_REGISTERS = (
 
 def pages_of(page_size: int, ragged: bool) -> Pages:
     """How pages of this size come into tiles."""
-    if page_size == 64 and not ragged:
+    if page_size == TILE_TOKENS and not ragged:
         return "tiles"
     return "pieces" if page_size >= 8 else "tokens"
 

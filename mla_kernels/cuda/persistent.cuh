@@ -119,9 +119,10 @@ __device__ __forceinline__ void run_cta(const DecodeParams& p, SharedMemory& sme
         else if (warp == 1) {
             if constexpr (kPageIsTile) load_items(p, smem.ring, smem.queue);
             else if constexpr (kGathers) gather_items(p, smem.ring, smem.queue, 0);
-            else load_items_in_pieces(p, smem.ring, smem.queue);
+            else load_items_in_pieces(p, smem.ring, smem.queue, 0);
         } else if (warp == 2) smem.fetch_queries(p);
-        else if (kGathers) gather_items(p, smem.ring, smem.queue, 1);
+        else if constexpr (kGathers) gather_items(p, smem.ring, smem.queue, 1);
+        else if constexpr (!kPageIsTile) load_items_in_pieces(p, smem.ring, smem.queue, 1);
         return;
     } else if (warpgroup == 2) {
         if (kScoreRegisters >= 128) setmaxnreg_inc<kScoreRegisters>();

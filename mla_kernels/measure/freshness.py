@@ -3,35 +3,70 @@
 from __future__ import annotations
 
 import os
+import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from mla_kernels.choice import SHIPPED
+from mla_kernels.tuning import TILE_TOKENS, pages_of
+
 from . import candidates
+from .figures import DECODE, query_rows
 from .hardware import load_hardware
 from .provenance import DATA
-from .records import Record, RecordError, load_record
+from .records import Kernel, Point, Record, RecordError, load_record
+from .workloads import table_width
 
 STALE = "measure again with `make record` on a GPU, or check out the commit that was measured"
 
 
 def check_fresh(record: Record, path: str | os.PathLike) -> None:
-    """Raises RecordError where a kernel's source digest is not that of this tree, or where there is none."""
+    """Raises RecordError where a kernel is not that of this tree, or where there is none.
+
+    It is where its sources have the same digest, or where they compile, as then, to the same machine code: what
+    changed was for other instances.
+    """
     from mla_kernels.compiler import CompileError, source_digest
 
     if not record.source.kernels:
         raise RecordError(path, "source.kernels", "is empty, so the record cannot be tied to a source", STALE)
+    changed = []
     for index, kernel in enumerate(record.source.kernels):
-        field = f"source.kernels.{index}.digest"
         try:
             digest = source_digest(kernel.source)
         except CompileError:
-            raise RecordError(path, field, f"{kernel.source} is no longer in this tree", STALE) from None
+            gone = f"{kernel.source} is no longer in this tree"
+            raise RecordError(path, f"source.kernels.{index}.digest", gone, STALE) from None
         if digest != kernel.digest:
-            changed = f"{kernel.source} was {kernel.digest[:12]}… when measured and is {digest[:12]}… now"
-            raise RecordError(path, field, changed, STALE)
+            changed.append((index, kernel, digest))
+    with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
+        codes = threads.map(lambda entry: _machine_code(entry[1]), changed)
+        for (index, kernel, digest), code in zip(changed, codes, strict=True):
+            if code != kernel.cubin_sha256:
+                found = (
+                    f"{kernel.source} was {kernel.digest[:12]}… when measured and is {digest[:12]}… now, and "
+                    f"{kernel.name} does not compile to the code that was measured"
+                )
+                raise RecordError(path, f"source.kernels.{index}.digest", found, STALE)
+
+
+def _machine_code(kernel: Kernel) -> str | None:
+    """sha256 of the cubin that this tree's sources give with the kernel's options, None where they give none."""
+    from mla_kernels.compiler import CompileError, KernelConfig, compile_kernel
+
+    defines = re.findall(r"^-D(\w+)=(\d+)$", "\n".join(kernel.options), re.MULTILINE)
+    config = KernelConfig(
+        kernel.source, tuple((name, int(value)) for name, value in defines), kernel.name, 0, 0
+    )
+    try:
+        return compile_kernel(config).sha256
+    except (CompileError, ImportError):  # or there is no compiler
+        return None
 
 
 def check_options(record: Record, path: str | os.PathLike) -> None:
-    """Raises RecordError where the record's kernels are not those of this tree, compiled the same way."""
+    """Raises RecordError where the record's kernels are not those of this tree, compiled the same way, or one
+    that serves its points is missing."""
     from mla_kernels.compiler import compile_options
     from mla_kernels.decode import shipped_configs
     from mla_kernels.launch import STREAM_READ
@@ -40,14 +75,24 @@ def check_options(record: Record, path: str | os.PathLike) -> None:
     measured = {kernel.name: kernel.options for kernel in record.source.kernels}
     points = ((point.implementation, point.workload.dtype) for point in record.points)
     for config in candidates.configs(points):  # there where they could be built
-        if config.name in measured:
-            now[config.name] = list(compile_options(config))
-    for name in sorted(now.keys() | measured.keys()):
+        now[config.name] = list(compile_options(config))
+    serving = {
+        _serving(point, record.device.sms) for point in record.points if point.implementation == DECODE
+    }
+    for name in sorted(measured.keys() | serving):
         if now.get(name) != measured.get(name):
             changed = (
                 f"{name} was compiled with {measured.get(name)} when measured and is with {now.get(name)} now"
             )
             raise RecordError(path, "source.kernels", changed, STALE)
+
+
+def _serving(point: Point, sms: int) -> str:
+    """Name of the kernel that serves a point's workload."""
+    workload = point.workload
+    pages = -(-table_width(workload) * workload.page_size // TILE_TOKENS)
+    tuning = SHIPPED.serving(query_rows(workload), workload.b, pages, sms)
+    return tuning.kernel_config(workload.dtype, pages=pages_of(workload.page_size, ragged=False)).name
 
 
 def record_files(data: Path = DATA) -> list[Path]:
