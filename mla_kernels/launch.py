@@ -316,3 +316,13 @@ def stream_read(tensor: torch.Tensor) -> None:
     )
     pointers = (ctypes.c_void_p * 3)(*(ctypes.addressof(value) for value in values))
     kernel.launch((2 * sm_count(device), 1), current_stream(device), pointers)
+
+
+def cuda_malloc(size: int) -> int:
+    """Address of ``size`` bytes that cudaMalloc gives on the current device."""
+    return cupy.cuda.runtime.malloc(size)
+
+
+def cuda_free(address: int) -> None:
+    """Gives them back by cudaFree, which waits for the GPU."""
+    cupy.cuda.runtime.free(address)

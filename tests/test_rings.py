@@ -15,6 +15,11 @@ LAYOUTS = {  # of the ring, by query rows a CTA
     tuning.rows: dict(tuning.kernel_config("bf16").defines) for tuning in active_table().variants
 }
 
+IN_PIECES = {  # the same for pages that are no tiles
+    tuning.rows: dict(tuning.kernel_config("bf16", pages="pieces").defines)
+    for tuning in active_table().variants
+}
+
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to run the warps on the CPU")
 
 
@@ -45,6 +50,24 @@ def test_no_race_in_many_cases(rows: int, tmp_path: Path) -> None:
     """Races of split items were once so rare that 400 cases missed them."""
     rings = build(tmp_path, rows)
     assert [play(rings, cases=1500, seed=seed) for seed in (1, 4)] == ["ok", "ok"]
+
+
+@pytest.mark.parametrize("rows", LAYOUTS)
+def test_pages_in_pieces_and_ragged_queries(rows: int, tmp_path: Path) -> None:
+    rings = build(tmp_path, rows, **IN_PIECES[rows])
+    assert [play(rings, cases=600, seed=seed) for seed in (1, 2)] == ["ok", "ok"]
+
+
+def test_a_warp_waits_for_every_use_of_its_slots(tmp_path: Path) -> None:
+    """Once a warp loaded a group and not slots: with five slots it waited for every other use of them."""
+    headers = tmp_path / "cuda"
+    shutil.copytree(CUDA_DIR, headers)
+    path = headers / "producer.cuh"
+    own_slots = "if ((2 * slot >= kGroupSlots) != (warp == 1)) continue;"
+    assert own_slots in path.read_text()
+    path.write_text(path.read_text().replace(own_slots, "if (g != warp) continue;"))
+    complaints = play(build(tmp_path, 16, headers=headers, **IN_PIECES[16]), cases=1000)
+    assert complaints in (TOO_MANY, OTHERS_BOX, DEADLOCK)
 
 
 OTHERS_BOX = "a reader found another box's data"

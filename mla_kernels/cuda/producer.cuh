@@ -101,30 +101,42 @@ struct TileRing {  // at a multiple of 1,024 bytes, the swizzle's atom
         mbarrier_arrive_expect_tx(&rotary_full[slot], kBoxBytes);
         tma_load_3d(rotary[slot], map, &rotary_full[slot], kRotaryBox * kBoxColumns, y, z);
     }
-    // One warp a group, the last one's also for the rotary box: the boxes in pieces of `rows` rows. `find(first, y, z)`: where in
-    // `map` the piece from row `first` on is.
+    // Two warps, each with slots of its own (so that it has waited for every use of them: a parity cannot tell a phase from the
+    // one two before), the second also with the rotary boxes: what `warp` loads of a tile, in pieces of `rows` rows.
+    // `find(first, y, z)`: where in `map` the piece from row `first` on is.
     template <class Find>
-    __device__ void load_pieces(u32 ordinal, int g, const TensorMap* map, int rows, Find find) {
-        const bool leads = (threadIdx.x & 31) == 0, last = g == kGroups - 1;
-        const u32 slot = group_slot(ordinal, g), rotary = rotary_slot(ordinal);
-        if (leads) {
-            mbarrier_wait(&group_empty[slot], group_phase(ordinal, g) ^ 1);
+    __device__ void load_pieces(u32 ordinal, int warp, const TensorMap* map, int rows, Find find) {
+        const bool leads = (threadIdx.x & 31) == 0;
+#pragma unroll 1
+        for (int g = 0; g < kGroups; ++g) {
+            const u32 slot = group_slot(ordinal, g);
+            if ((2 * slot >= kGroupSlots) != (warp == 1)) continue;
+            if (leads) {
+                mbarrier_wait(&group_empty[slot], group_phase(ordinal, g) ^ 1);
 #pragma unroll
-            for (int c = 0; c < kGroupBoxes; ++c) mbarrier_arrive_expect_tx(&group_full[slot][c], kBoxBytes);
-            if (last) {
-                mbarrier_wait(&rotary_empty[rotary], rotary_phase(ordinal) ^ 1);
-                mbarrier_arrive_expect_tx(&rotary_full[rotary], kBoxBytes);
+                for (int c = 0; c < kGroupBoxes; ++c) mbarrier_arrive_expect_tx(&group_full[slot][c], kBoxBytes);
             }
+#pragma unroll 1
+            for (int first = 0; first < kTileTokens; first += rows) {
+                int y, z;
+                find(first, y, z);
+                if (!leads) continue;
+#pragma unroll
+                for (int c = 0; c < kGroupBoxes; ++c)
+                    tma_load_3d(group[slot][c] + first * kBoxColumns, map, &group_full[slot][c], (g * kGroupBoxes + c) * kBoxColumns, y, z);
+            }
+        }
+        if (warp != 1) return;
+        const u32 slot = rotary_slot(ordinal);
+        if (leads) {
+            mbarrier_wait(&rotary_empty[slot], rotary_phase(ordinal) ^ 1);
+            mbarrier_arrive_expect_tx(&rotary_full[slot], kBoxBytes);
         }
 #pragma unroll 1
         for (int first = 0; first < kTileTokens; first += rows) {
             int y, z;
             find(first, y, z);
-            if (!leads) continue;
-#pragma unroll
-            for (int c = 0; c < kGroupBoxes; ++c)
-                tma_load_3d(group[slot][c] + first * kBoxColumns, map, &group_full[slot][c], (g * kGroupBoxes + c) * kBoxColumns, y, z);
-            if (last) tma_load_3d(this->rotary[rotary] + first * kBoxColumns, map, &rotary_full[rotary], kRotaryBox * kBoxColumns, y, z);
+            if (leads) tma_load_3d(rotary[slot] + first * kBoxColumns, map, &rotary_full[slot], kRotaryBox * kBoxColumns, y, z);
         }
     }
     // `kGatherThreads` threads, `warp` of their warps: the nine boxes, a row of 1,152 bytes by eight neighbours.

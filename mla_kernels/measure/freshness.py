@@ -23,8 +23,8 @@ STALE = "measure again with `make record` on a GPU, or check out the commit that
 def check_fresh(record: Record, path: str | os.PathLike) -> None:
     """Raises RecordError where a kernel is not that of this tree, or where there is none.
 
-    It is where its sources have the same digest, or where they compile, as then, to the same machine code: what
-    changed was for other instances.
+    It is where its sources have the same digest, or where they compile, as then, to the same machine code:
+    what changed was for other instances.
     """
     from mla_kernels.compiler import CompileError, source_digest
 
@@ -51,7 +51,7 @@ def check_fresh(record: Record, path: str | os.PathLike) -> None:
 
 
 def _machine_code(kernel: Kernel) -> str | None:
-    """sha256 of the cubin that this tree's sources give with the kernel's options, None where they give none."""
+    """sha256 of what this tree's sources compile to with the kernel's options, None where they do not."""
     from mla_kernels.compiler import CompileError, KernelConfig, compile_kernel
 
     defines = re.findall(r"^-D(\w+)=(\d+)$", "\n".join(kernel.options), re.MULTILINE)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,17 @@ from mla_kernels.arguments import HEAD_DIM, HEAD_DIM_V
 from .bound import Bound, measure_host, measure_memory
 from .candidates import is_candidate, tuning_of
 from .figures import DECODE, ELEMENT_BYTES, flop
-from .records import PEER, Accuracy, Host, Measurement, Memory, Point, Workload
+from .records import (
+    ALTERNATIVE,
+    PEER,
+    Accuracy,
+    Host,
+    Measurement,
+    Memory,
+    Point,
+    Workload,
+    rounds_more,
+)
 from .timing import Loop, burst, capture, sustained
 from .workloads import Inputs, materialize, sets_to_defeat_l2
 
@@ -76,7 +86,11 @@ def bind(implementation: str, inputs: Inputs) -> Bound:
         from .peers import find
 
         return find(implementation).bind(inputs)
-    known = ", ".join((DECODE, *BLOCKS, f"{PEER}NAME", f"{DECODE}[rows=...]"))
+    if implementation.startswith(ALTERNATIVE):
+        from . import alternatives
+
+        return alternatives.find(implementation)(inputs)
+    known = ", ".join((DECODE, *BLOCKS, f"{PEER}NAME", f"{ALTERNATIVE}NAME", f"{DECODE}[rows=...]"))
     raise ValueError(f"implementation {implementation!r} is unknown; known are {known}")
 
 
@@ -101,7 +115,7 @@ class _Outcome:
             bound = bind(name, inputs)
         if bound.out is not None:
             self.error = check(inputs, bound, seed, known)
-            if excess := self.error.excess(step.workload.dtype, name.startswith(PEER)):
+            if excess := self.error.excess(step.workload.dtype, rounds_more(name)):
                 raise ArithmeticError(excess)
         if step.host:
             self.host = measure_host(bound)
@@ -158,6 +172,28 @@ def measure(
             outcome.stop(error)
     points = [point for name, outcome in outcomes.items() for point in _to_points(step, name, outcome, sets)]
     return sorted(points, key=lambda point: point.mode)  # "burst" before "sustained"
+
+
+def measure_in_turns(workloads: Sequence[Workload], *, l2_bytes: int, seed: int) -> list[Point]:
+    """Points of mla_decode at workloads that take turns in one burst: those that differ in the page size."""
+    import torch
+
+    torch.cuda.empty_cache()
+    sets = sets_to_defeat_l2(workloads[0], l2_bytes)
+    outcomes = []
+    for number, workload in enumerate(workloads):
+        step, outcome = Step(workload), _Outcome()
+        outcomes.append((step, outcome))
+        try:
+            outcome.prepare(step, DECODE, materialize(workload, seed=seed, sets=sets), seed, {})
+            outcome.loop = replace(outcome.loop, name=str(number))
+        except Exception as error:
+            outcome.stop(error)
+    alive = [outcome for _, outcome in outcomes if outcome.status == "ok"]
+    bursts = burst([outcome.loop for outcome in alive]) if alive else {}
+    for outcome in alive:
+        outcome.measured.append(bursts[outcome.loop.name])
+    return [point for step, outcome in outcomes for point in _to_points(step, DECODE, outcome, sets)]
 
 
 def _to_points(step: Step, name: str, outcome: _Outcome, sets: int) -> list[Point]:

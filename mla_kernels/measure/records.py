@@ -20,9 +20,12 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 
 from mla_kernels.choice import TuningTable
 
-SCHEMA_VERSION = 3
-# What 2 and 3 added is optional: `host` and `memory` of a point, errors of a peer; `tuning`.
-READABLE_VERSIONS = (1, 2, 3)
+from .allocations import Churn, Footprint, Latency
+
+SCHEMA_VERSION = 4
+# What 2 to 4 added is optional: `host` and `memory` of a point, errors of a peer; `tuning`; `latencies`,
+# `footprints`, `churns`.
+READABLE_VERSIONS = (1, 2, 3, 4)
 REMEDY = "restore the file from git, or measure again with `make record` on a GPU"
 
 # Largest error that an implementation may have and still be timed: relative L2 of out by dtype, absolute LSE.
@@ -31,6 +34,7 @@ LSE_MAX_ABS_LIMIT = 1e-5
 # Of a peer: wide enough for one that rounds more (keys and values of a decompressed cache are rounded again,
 # sums of probabilities kept in bf16), far below what a wrong result shows.
 PEER = "peer:"
+ALTERNATIVE = "alternative:"  # what one does instead (alternatives.py): the peers' limits
 PEER_OUT_REL_L2_LIMIT = {"bf16": 1.2e-2, "fp16": 2e-3}
 PEER_LSE_MAX_ABS_LIMIT = 1e-2
 
@@ -251,12 +255,17 @@ class Memory(_Section):
     workspace_bytes: Count
 
 
+def rounds_more(implementation: str) -> bool:
+    """Whether its errors are measured by the peers' limits."""
+    return implementation.startswith((PEER, ALTERNATIVE))
+
+
 class Point(Measurement):
     """One implementation at one workload.
 
     ``implementation``: "mla_kernels", one variant of it as ``mla_kernels.tuning`` writes it
-    ("mla_kernels[rows=64,ahead_boxes=1]"), a block ("block:stream", "block:mma", "block:skeleton") or a peer
-    ("peer:flash_mla" ...).
+    ("mla_kernels[rows=64,ahead_boxes=1]"), a block ("block:stream", "block:mma", "block:skeleton"), a peer
+    ("peer:flash_mla" ...) or what one does instead ("alternative:padded" ...).
     ``kv_sets``: KV caches rotated through; 1 means that the same cache is read again by every call.
     ``counters``: of one call, from the profiler; where they were asked for and not had, null and a reason.
     """
@@ -296,7 +305,7 @@ class Point(Measurement):
         if self.is_attention:
             if self.error is None:
                 raise ValueError("no time without a correctness check: `error` is null")
-            if excess := self.error.excess(self.workload.dtype, self.is_peer):
+            if excess := self.error.excess(self.workload.dtype, rounds_more(self.implementation)):
                 raise ValueError(f"no time for a wrong result: {excess}")
         elif self.error is not None:
             raise ValueError("a building block computes no attention, so `error` must be null")
@@ -348,6 +357,9 @@ class Record(_Section):
     points: list[Point] = []
     verification: Verification | None = None
     tuning: list[Variant] | None = None  # the tuner's table
+    latencies: list[Latency] = []
+    footprints: list[Footprint] = []
+    churns: list[Churn] = []
 
     @model_validator(mode="after")
     def _check(self) -> Record:

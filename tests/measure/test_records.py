@@ -128,12 +128,12 @@ def test_missing_file(tmp_path):
     assert "does not exist" in refused(tmp_path / "none.json").found
 
 
-@pytest.mark.parametrize("version", [0, 4, "1", None])
+@pytest.mark.parametrize("version", [0, 5, "1", None])
 def test_foreign_schema_version(saved, version):
     fields = json.loads(saved.read_text())
     saved.write_text(json.dumps(fields | {"schema_version": version}))
     error = refused(saved)
-    assert error.field == "schema_version" and error.found == f"is {version!r}, this code reads 1, 2, 3"
+    assert error.field == "schema_version" and error.found == f"is {version!r}, this code reads 1, 2, 3, 4"
 
 
 @pytest.mark.parametrize(

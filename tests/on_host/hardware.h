@@ -123,7 +123,7 @@ static void named_barrier_sync(u32 id, u32 threads) {
 static void __syncthreads();
 
 // ---- copies by TMA -----------------------------------------------------------------------------------------------
-struct Stamp {  // what a box holds, in each of its quarters
+struct Stamp {  // what a box holds, in each of its quarters; of a piece of a page in every eight rows
     int kind, x, y, z;
     bool operator==(const Stamp& o) const { return kind == o.kind && x == o.x && y == o.y && z == o.z; }
 };
@@ -132,7 +132,8 @@ constexpr int kSpoiled = 0, kKeyValue = 1, kQuery = 2, kProbabilities = 3;
 struct Landing {
     void* smem;
     const u64* barrier;
-    u32 bytes;
+    u32 bytes, stamps;  // so many, evenly, each `rows` rows further
+    int rows;
     Stamp stamp;
 };
 static std::vector<Landing> in_flight;
@@ -147,7 +148,11 @@ static void land_one(u32 newest_first) {  // percent
     const size_t which = chance(newest_first) ? in_flight.size() - 1 : below(static_cast<u32>(in_flight.size()));
     const Landing landing = in_flight[which];
     in_flight.erase(in_flight.begin() + static_cast<long>(which));
-    for (u32 i = 0; i < 4; ++i) stamp_of(landing.smem, landing.bytes, i) = landing.stamp;
+    for (u32 i = 0; i < landing.stamps; ++i) {
+        Stamp stamp = landing.stamp;
+        stamp.y += landing.rows * static_cast<int>(i);
+        *reinterpret_cast<Stamp*>(static_cast<char*>(landing.smem) + landing.bytes / landing.stamps * i) = stamp;
+    }
     Barrier& barrier = found(landing.barrier);
     barrier.bytes -= static_cast<int>(landing.bytes);
     barrier.settle();

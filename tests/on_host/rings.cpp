@@ -6,13 +6,15 @@
 // ---- a case: a batch, and one of the CTAs that decode it -------------------------------------------------------------
 static void make_batch() {
     const int b = 1 + static_cast<int>(chance(30) ? 0 : below(6));
-    const int max_pages = chance(20) ? 70 : 12;
+    params.page_shift = kPageIsTile ? 6 : 3 + static_cast<int>(below(6));
+    const int max_tokens = max((chance(20) ? 70 : 12) * kTileTokens, 1 << params.page_shift) >> params.page_shift << params.page_shift;
+    const int max_pages = max_tokens >> params.page_shift;
     const bool uniform = chance(30);
     lengths.assign(b, 0), table.assign(b * max_pages, 0);
     for (int i = 0; i < b; ++i) {
-        lengths[i] = chance(5) ? -1 : static_cast<int>(below(max_pages * kPageTokens + 1));
+        lengths[i] = chance(5) ? -1 : static_cast<int>(below(max_tokens + 1));
         if (uniform) lengths[i] = lengths[0];
-        for (int k = 0; k < max_pages; ++k) table[i * max_pages + k] = chance(1) ? -1 : i * 1000 + k;
+        for (int k = 0; k < max_pages; ++k) table[i * max_pages + k] = below(kPageIsTile ? 100 : 1000) == 0 ? -1 : i * 1000 + k;
     }
     params.b = b;
     params.cache_seqlens = lengths.data();
@@ -29,8 +31,15 @@ static void make_batch() {
     params.item_parts = items < groups ? groups / items : 0;
     params.s_q = 1;
     params.h_q = params.row_blocks * kRows - static_cast<int>(chance(50) ? 0 : below(kRows));
-    out.resize(static_cast<size_t>(b) * params.h_q * kHeadDimV);
-    lse.assign(static_cast<size_t>(b) * params.h_q, 1e9f);
+    params.total_q = b, params.max_tokens = max_tokens, params.cu_seqlens_q = nullptr;
+    if (!kPageIsTile && chance(50)) {  // query tokens of their own number
+        starts.assign(1, 0);
+        for (int i = 0; i < b; ++i) starts.push_back(starts.back() + static_cast<int>(below(4)));
+        params.cu_seqlens_q = starts.data(), params.total_q = starts.back();
+        params.h_q = 1 + static_cast<int>(below(kRows));
+    }
+    out.resize(static_cast<size_t>(params.total_q) * params.h_q * kHeadDimV);
+    lse.assign(static_cast<size_t>(params.total_q) * params.h_q, 1e9f);
     arrivals.assign(2 * kMaxCtas, 0);
     params.out = out.data(), params.lse = lse.data(), params.arrivals = arrivals.data();
     params.partials = reinterpret_cast<float*>(partials.data());
@@ -71,19 +80,21 @@ static void check_results() {
         const int begin = !is_split(w) ? 0 : merges(w) ? slice_begin(w, w.part) : units;
         const int end = !is_split(w) || !merges(w) ? units : slice_begin(w, w.part + 1);
         for (int row = 0; row < valid_rows<kRows>(params, w); ++row) {
-            const int first = kStreamedQueries ? row / 16 * kVectors<kRows> : 0;
+            const int unit = kStreamedQueries ? row / 16 * kVectors<kRows> : 0;
             float sum = 0.f;
             for (int part = 0; part < w.parts; ++part) {
                 const RowStats stats = stats_of(w, part, row);
                 sum += std::exp2(stats.m) * stats.l;
             }
-            const int place = w.request * params.h_q + w.row_block * kRows + row;
-            if (first < begin || first >= end) continue;
+            const int own = w.row_block * kRows + row, s = own / params.h_q, h = own % params.h_q;
+            const int first = static_cast<int>(first_query(params, w));
+            const int place = params.cu_seqlens_q ? h * params.total_q + first + s : w.request * params.h_q + own;
+            if (unit < begin || unit >= end) continue;
             expected[place] = w.tiles ? std::log(sum) : w.invalid ? kNan : -kInfinity;
         }
         if (w.tiles == 0 || begin == end) continue;
         ++results;
-        const auto& vectors = stored[out_row(params, w.request, w.row_block * kRows)];
+        const auto& vectors = stored[out_row(params, first_query(params, w), w.row_block * kRows)];
         if (std::count(vectors.begin(), vectors.end(), 1) != (end - begin) * runs * 32) fail("a result was not stored");
         for (int i = 0; i < static_cast<int>(vectors.size()); ++i) {
             const int warp = i / kVectors<kRows> / 32 % (kValueWarps / runs);

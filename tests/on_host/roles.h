@@ -10,6 +10,7 @@
 
 constexpr int kRows = MLA_ROWS;
 constexpr bool kStreamedQueries = kRows == kTileTokens;  // decode_rows.cu
+static_assert(!kGathers, "no page sizes under 8 here");
 constexpr int kRegisterBoxes = MLA_REGISTER_STEPS / kStepsPerBox, kAheadBoxes = MLA_AHEAD_BOXES;
 constexpr int kQueryRows = kStreamedQueries ? 8 : kRows;  // in memory of their own
 constexpr u32 kQueryBoxBytes = kRows * kBoxColumns * 2;
@@ -51,7 +52,7 @@ struct Tile {
 };
 static std::vector<WorkItem> plan;
 static std::vector<Tile> tiles;  // by ordinal
-static std::vector<int> table, lengths;
+static std::vector<int> table, lengths, starts;
 static std::vector<u32> arrivals;
 static std::vector<Slot> partials(2 * kMaxCtas);
 static std::vector<u16> out;
@@ -60,13 +61,18 @@ static std::map<const u16*, std::vector<char>> stored;  // vectors of the result
 
 static int page_of(const WorkItem& w, int tile) { return table[w.request * params.max_pages + tile]; }
 static bool page_is_bad(const WorkItem& w) {
-    for (int tile = w.begin; tile < w.end; ++tile)
-        if (page_of(w, tile) < 0) return true;
+    if constexpr (kPageIsTile) {
+        for (int tile = w.begin; tile < w.end; ++tile)
+            if (page_of(w, tile) < 0) return true;
+    } else {
+        for (int token = w.begin * kTileTokens; token < min(w.end * kTileTokens, w.kv_len); ++token)
+            if (page_of(w, token >> params.page_shift) < 0) return true;
+    }
     return false;
 }
 static const WorkItem* item_at(const u16* place) {
     for (const WorkItem& w : plan)
-        if (place == out_row(params, w.request, w.row_block * kRows)) return &w;
+        if (place == out_row(params, first_query(params, w), w.row_block * kRows)) return &w;
     fail("a result goes where none of this CTA's does");
     return nullptr;
 }
@@ -140,9 +146,11 @@ static void let_one_leave() {
 // ---- boxes -----------------------------------------------------------------------------------------------------------
 static void tma_load_3d(void* box, const TensorMap* map, u64* barrier, int x, int y, int z) {
     const int kind = map == &params.q_map ? kQuery : kKeyValue;
-    const u32 bytes = kind == kQuery ? kQueryBoxBytes : kBoxBytes;
-    for (u32 i = 0; i < 4; ++i) stamp_of(box, bytes, i) = {kSpoiled};
-    in_flight.push_back({box, barrier, bytes, {kind, x, y, z}});
+    const bool piece = !kPageIsTile && kind == kKeyValue;
+    const int rows = piece ? min(1 << params.page_shift, kTileTokens) : 0;
+    const u32 bytes = kind == kQuery ? kQueryBoxBytes : piece ? rows * 128 : kBoxBytes, stamps = piece ? rows / 8 : 4;
+    in_flight.push_back({box, barrier, bytes, stamps, piece ? 8 : 0, {kind, x, y, z}});
+    for (u32 i = 0; i < stamps; ++i) *reinterpret_cast<Stamp*>(static_cast<char*>(box) + bytes / stamps * i) = {kSpoiled};
 }
 
 // Reads a box, and takes its time. Rows from `rows` on are to be zero.
@@ -158,8 +166,26 @@ static Stamp key(u32 ordinal, int c) {
     const Tile& t = tiles.at(ordinal);
     return {kKeyValue, c * kBoxColumns, 0, page_of(*t.item, t.tile)};
 }
+// Rows 8 i ... of a tile that came in pieces; what is past the end is no page.
+static Stamp key_piece(u32 ordinal, int c, int i) {
+    const Tile& t = tiles.at(ordinal);
+    const int token = t.tile * kTileTokens + i * 8, rows = min(1 << params.page_shift, kTileTokens);
+    const bool valid = (token & -rows) < min(t.item->end * kTileTokens, t.item->kv_len);
+    const int page = valid ? page_of(*t.item, token >> params.page_shift) : -1;
+    return {kKeyValue, c * kBoxColumns, token & ((1 << params.page_shift) - 1), page};
+}
+static void read_key(u32 ordinal, int c, int rows = kTileTokens) {
+    char* box = reinterpret_cast<char*>(smem.ring.box(ordinal, c));
+    if (kPageIsTile) return read(box, kBoxBytes, key(ordinal, c), rows);
+    for (int again = 0; again < 2; ++again) {
+        for (int i = 0; i < 8; ++i)
+            if (!(*reinterpret_cast<Stamp*>(box + i * 1024) == (i * 8 < rows ? key_piece(ordinal, c, i) : Stamp{})))
+                fail("a reader found another box's data");
+        if (again == 0) dawdle();
+    }
+}
 static void read_query(const WorkItem& w, void* box, int c) {
-    read(box, kQueryBoxBytes, {kQuery, c * kBoxColumns, w.row_block * kRows, w.request});
+    read(box, kQueryBoxBytes, {kQuery, c * kBoxColumns, query_row(params, w, w.row_block * kRows), query_plane(w)});
 }
 
 // ---- the two roles ---------------------------------------------------------------------------------------------------
@@ -192,7 +218,7 @@ struct Scores {
             multiply(ordinal, kAheadBoxes, kBoxes);
             by_warp([&] {
                 for (int c = 0; c < kBoxes; ++c) {
-                    read(smem.ring.box(ordinal, c), kBoxBytes, key(ordinal, c));
+                    read_key(ordinal, c);
                     if (!kStreamedQueries) read_query(w, smem.q.box[c], c);
                 }
             });
@@ -283,7 +309,7 @@ struct Values {
     static void read_operands(u32 ordinal) {
         const Tile& t = tiles.at(ordinal);
         for (int c = kHalf * kGroupBoxes; c < (kHalf + 1) * kGroupBoxes; ++c)
-            read(smem.ring.box(ordinal, c), kBoxBytes, key(ordinal, c), t.item->kv_len - t.tile * kTileTokens);
+            read_key(ordinal, c, t.item->kv_len - t.tile * kTileTokens);
         read(smem.ring.box(ordinal, kRotaryBox), kBoxBytes, Scores::probabilities(ordinal));
     }
     float4 vector(int j) const { return o[j]; }

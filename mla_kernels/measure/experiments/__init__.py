@@ -2,11 +2,13 @@
 
 from types import ModuleType
 
-from . import bandwidth, peers, roofline, tuning
+from . import bandwidth, paging, peers, roofline, tuning, varlen
 
 EXPERIMENTS: dict[str, ModuleType] = {
     "roofline": roofline,
     "bandwidth": bandwidth,
     "peers": peers,
+    "varlen": varlen,
+    "paging": paging,
     "tuning": tuning,
 }
