@@ -131,7 +131,8 @@ class DecodePlan:
             self._kernel.launch(self._grid, stream, self._arguments)
 
     def _query_map(self, q) -> ctypes.Array:
-        encode = launch.query_tensor_map if self._pages == "tiles" else launch.flat_query_tensor_map
+        tiles = self._pages.startswith("tiles")
+        encode = launch.query_tensor_map if tiles else launch.flat_query_tensor_map
         return encode(q, self._rows)
 
     def _map(self, which: int, address: int, encode) -> ctypes.Array:

@@ -11,11 +11,11 @@ from .compiler import KernelConfig
 ROWS = (8, 16, 32, 64)  # query rows a CTA: decode_swapped.cu, the last decode_rows.cu
 WORK = {"decode": 0, "stream": 1, "mma": 2, "skeleton": 3}  # enum class Work of cuda/producer.cuh
 
-# How pages come into tiles of 64 tokens, and MLA_PAGE_SIZE of cuda/layout.cuh: pages of 64 are tiles; of
-# other powers of two from 8 on TMA brings pieces; tokens of smaller pages are gathered one by one. The last
-# two also take ragged queries.
-Pages = Literal["tiles", "pieces", "tokens"]
-PAGES = {"tiles": 64, "pieces": 0, "tokens": 1}
+# How pages come into tiles of 64 tokens, and MLA_PAGE_SIZE of cuda/layout.cuh: pages of 64 are tiles, larger
+# ones are several; of smaller powers of two down to 8 TMA brings pieces; tokens of still smaller ones are
+# gathered one by one. Pieces (of any page from 8 on) and tokens also take ragged queries.
+Pages = Literal["tiles", "tiles128", "tiles256", "pieces", "tokens"]
+PAGES = {"tiles": 64, "tiles128": 128, "tiles256": 256, "pieces": 0, "tokens": 1}
 PAGE_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 PRODUCER_REGISTERS = {"pieces": 40, "tokens": 56}  # at least
 
@@ -33,8 +33,8 @@ ENTRY_REGISTERS = (
 
 def pages_of(page_size: int, ragged: bool) -> Pages:
     """How pages of this size come into tiles."""
-    if page_size == TILE_TOKENS and not ragged:
-        return "tiles"
+    if page_size >= TILE_TOKENS and not ragged:
+        return "tiles" if page_size == TILE_TOKENS else f"tiles{page_size}"
     return "pieces" if page_size >= 8 else "tokens"
 
 
@@ -231,7 +231,7 @@ class DecodeTuning:
         memory, and the ring is half a tile shorter: 13 to 15 % slower where compute binds
         (data/h200/tuning.json, ``group_slots=4,register_steps=4``).
         """
-        if pages == "tiles":
+        if pages not in PRODUCER_REGISTERS:
             return self
         more = max(0, PRODUCER_REGISTERS[pages] - self.producer_registers)
         changed = {

@@ -291,7 +291,7 @@ def test_a_users_table_decides_what_is_launched(table_of):
     few, many = ({"b": 1, "pages": 16}, {"b": 128, "pages": 64})
     assert plan.kernel_config(torch.bfloat16, 128, **few).name == "decode_swapped-bf16-16"
     assert plan.kernel_config(torch.float16, 128, **many).name == "decode_rows-fp16-64+ahead_boxes=1"
-    assert len(decode.shipped_configs()) == 3 * 4  # three ways of pages
+    assert len(decode.shipped_configs()) == 5 * 4  # as many ways of pages
 
 
 def test_without_one_the_shipped_table_is_used(monkeypatch):

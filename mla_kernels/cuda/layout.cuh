@@ -5,11 +5,12 @@
 constexpr int kHeadDim = 576;   // latent (512) + rotary (64): what a query is compared with
 constexpr int kHeadDimV = 512;  // the latent alone: what is averaged
 constexpr int kTileTokens = 64;
-constexpr int kPageTokens = MLA_PAGE_SIZE;  // or 0: known at run time, a power of two; or 1: likewise, less than 8
+constexpr int kPageTokens = MLA_PAGE_SIZE;  // a multiple of 64; or 0: known at run time, a power of two; or 1: likewise, under 8
 
 // How pages come into tiles. (No variables: one more of them, and ptxas arranges the whole kernel otherwise.)
+enum : int { kPageTiles = kPageTokens >= kTileTokens ? kPageTokens / kTileTokens : 1 };
 enum : bool {
-    kPageIsTile = kPageTokens == kTileTokens,
+    kPageIsTile = kPageTokens >= kTileTokens,  // one, or several
     kGathers = kPageTokens == 1,  // warps bring tokens one by one; otherwise TMA, a tile, or a piece of one or a page, at a time
     kRagged = !kPageIsTile,       // sequences may have query tokens of their own number
 };

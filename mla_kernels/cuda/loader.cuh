@@ -5,7 +5,7 @@
 #pragma once
 #include "producer.cuh"
 
-// Run by one warp, a page being a tile: streams the items' tiles.
+// Run by one warp, a page being a tile or several: streams the items' tiles.
 __device__ __forceinline__ void load_items(const DecodeParams& p, TileRing& ring, ItemQueue& queue) {
     const int lane = threadIdx.x & 31;
     for (u32 index = 0;; ++index) {
@@ -19,11 +19,11 @@ __device__ __forceinline__ void load_items(const DecodeParams& p, TileRing& ring
             int lane_page = 0;
             for (int tile = begin; tile < end; ++tile, ++ordinal) {
                 const int place = (tile - begin) & 31;
-                if (place == 0 && tile + lane < end) lane_page = pages[tile + lane];
+                if (place == 0 && tile + lane < end) lane_page = pages[(tile + lane) / kPageTiles];
                 const int page = __shfl_sync(0xffffffffu, lane_page, place);
                 if (lane == 0) {
                     if (page < 0 || page >= p.num_pages) w.invalid = true;  // seen with the boxes' barriers
-                    ring.load(ordinal, &p.kv_map, 0, page);
+                    ring.load(ordinal, &p.kv_map, tile % kPageTiles * kTileTokens, page);
                 }
                 __syncwarp();
             }

@@ -34,7 +34,7 @@ struct TokenPool {
 };
 
 __device__ __forceinline__ int max_tokens(const DecodeParams& p) {
-    if constexpr (kPageIsTile) return p.max_pages * kTileTokens;
+    if constexpr (kPageIsTile) return p.max_pages * kPageTokens;
     else return p.max_tokens;
 }
 
@@ -47,7 +47,7 @@ struct WorkItem {
     int part, parts;       // which of the item's parts this is, of how many
     int slices;            // CTAs that have a part as their last item
     bool invalid;  // a length outside the table, or (set while its tiles stream in) a page outside the pool: NaN
-#if MLA_PAGE_SIZE != 64  // kRagged
+#if MLA_PAGE_SIZE < 64  // kRagged
     int first_query, queries;  // tokens among all, and of this sequence
     int seen_by_all;           // positions that every one of them sees
 #endif

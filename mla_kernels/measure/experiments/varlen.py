@@ -1,8 +1,8 @@
 """What do sequences of different lengths cost, against padding them and against going one by one?
 
 The chapter's three batches, its log-normal lengths (mean 2048, standard deviation 1024), and other spreads.
-Beside the kernel at each: padded to the longest, or one sequence after the other, in PyTorch and by the kernel;
-and the same tokens spread evenly.
+Beside the kernel at each: padded to the longest, or one sequence after the other, in PyTorch and by the
+kernel; and the same tokens spread evenly.
 """
 
 from __future__ import annotations
