@@ -204,11 +204,10 @@ def churn_of_pages(events: int, seed: int, samples: int = 200) -> Churn:
 
 
 def churn_of_tensors(events: int, seed: int, samples: int = 200) -> Churn:
-    """A tensor for each sequence, grown by copying into a larger one: what torch took from the GPU."""
+    """A tensor for each sequence, grown by copying into a larger one: what torch took from the GPU for them."""
     import torch
 
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_reserved()
+    pool = torch.cuda.MemPool()  # of its own, so that nothing else is counted
     rows: list[torch.Tensor | None] = [None] * LIVE
     now = [0] * LIVE
 
@@ -222,9 +221,13 @@ def churn_of_tensors(events: int, seed: int, samples: int = 200) -> Churn:
             rows[row] = grown
         now[row] = tokens
 
-    churn = _churn("torch", events, seed, samples, follow, lambda: torch.cuda.memory_reserved() - before, now)
-    rows.clear()
-    torch.cuda.empty_cache()
+    def held() -> int:
+        return sum(segment["total_size"] for segment in pool.snapshot())
+
+    with torch.cuda.use_mem_pool(pool):
+        churn = _churn("torch", events, seed, samples, follow, held, now)
+        rows.clear()
+    torch.cuda.synchronize()
     return churn
 
 

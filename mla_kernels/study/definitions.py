@@ -16,6 +16,7 @@ from mla_kernels.measure.workloads import spread_evenly
 from mla_kernels.tuning import ROWS
 
 from . import fits
+from .definitions_of_sequences import PAGING, VARLEN
 from .duels import FLASH_MLA, absorbed_error, duels, geometric_mean, gpu_bytes, is_compute_bound
 
 MANY_TOKENS = 1 << 20  # b · kv from which a memory-bound call must reach the bandwidth
@@ -40,6 +41,12 @@ class Definition:
     derive: Callable[[Record], Candidates]
     choose: Callable[..., tuple[float, ...]]
     experiment: str = ""
+
+    def reads(self, record: Record) -> bool:
+        """Whether a record can tell: of the experiment named, or of one without definitions of its own."""
+        if self.experiment:
+            return record.experiment == self.experiment
+        return record.experiment not in ("varlen", "paging")
 
 
 def _decode(record: Record, *modes: str) -> Iterator[Point]:
@@ -303,4 +310,6 @@ DEFINITIONS = (
     *(Definition(*fields, "bandwidth") for fields in _BANDWIDTH),
     *(Definition(*fields, "verification") for fields in _VERIFICATION),
     *(Definition(*fields, "tuning") for fields in _TUNING),
+    *(Definition(*fields, "varlen") for fields in VARLEN),
+    *(Definition(*fields, "paging") for fields in PAGING),
 )

@@ -36,7 +36,7 @@ class Finding(TypedDict):
 
 
 def findings(records: Iterable[Record] | None = None) -> list[Finding]:
-    """Every finding that ``records`` allow, by default those under ``data/h200``.
+    """Every finding that ``records`` allow, by default those under ``data/``, an H200's first.
 
     A key that nothing recorded gives is absent. Raises RecordError for a record that cannot be used.
     """
@@ -45,7 +45,7 @@ def findings(records: Iterable[Record] | None = None) -> list[Finding]:
     for definition in DEFINITIONS:
         candidates = []
         for record in records:
-            if definition.experiment not in ("", record.experiment):
+            if not definition.reads(record):
                 continue
             source = f"{gpu_folder(record.device.name)}/{record.experiment}"
             try:

@@ -38,7 +38,8 @@ def resolve_source(source: str = "auto") -> Literal["live", "replay"]:
 def load(experiment: str, source: str = "auto", gpu: str = "h200") -> Record:
     """The record of an experiment, checked; prints one line on what it is.
 
-    ``source``: "replay" reads ``data/<gpu>/<experiment>.json``; "live" measures on this machine's GPU, or
+    ``source``: "replay" reads ``data/<gpu>/<experiment>.json``, or where that GPU has none another's, as the
+    line says; "live" measures on this machine's GPU, or
     takes what the same commit measured within the hour; "auto" is live on a Hopper GPU, else replay.
 
     Raises RecordError, naming file and field, for a record that is missing, broken, of another schema or of
@@ -57,7 +58,7 @@ def load_recorded(experiments: Iterable[str], source: str = "auto", gpu: str = "
     """
     records = []
     for experiment in experiments:
-        path = data_folder() / gpu / f"{experiment}.json"
+        path = _record_path(experiment, gpu)
         if resolve_source(source) == "replay" and not path.exists():
             print(f"{experiment}: no record of {gpu} yet; `make record` on such a GPU makes it")
         else:
@@ -66,8 +67,19 @@ def load_recorded(experiments: Iterable[str], source: str = "auto", gpu: str = "
 
 
 def load_all(gpu: str = "h200", data: Path | None = None) -> list[Record]:
-    """Every record of one GPU under ``data``, checked, by name. Raises RecordError as ``load`` does."""
-    return [_checked(path) for path in sorted(((data or data_folder()) / gpu).glob("*.json"))]
+    """Every record of one GPU under ``data``, and another's of each experiment that it has none of; checked,
+    by name. Raises RecordError as ``load`` does."""
+    folder = data or data_folder()
+    names = {path.stem for path in folder.glob("*/*.json")}
+    return [_checked(_record_path(name, gpu, folder)) for name in sorted(names)]
+
+
+def _record_path(experiment: str, gpu: str, data: Path | None = None) -> Path:
+    """The record of that GPU, else of the first other that has one, else where it would be."""
+    folder = data or data_folder()
+    own = folder / gpu / f"{experiment}.json"
+    others = sorted(folder.glob(f"*/{experiment}.json"))
+    return own if own.exists() or not others else others[0]
 
 
 def describe(record: Record, how: str, path: Path) -> str:
@@ -108,7 +120,7 @@ def _checked(path: Path) -> Record:
 
 
 def _replay(experiment: str, gpu: str) -> tuple[Path, Record]:
-    path = data_folder() / gpu / f"{experiment}.json"
+    path = _record_path(experiment, gpu)
     return path, _checked(path)
 
 
