@@ -3,10 +3,11 @@
 from importlib import import_module
 
 __version__ = "0.1.0"
-__all__ = ["DeviceUnavailable", "merge_partials", "mla_decode"]
+__all__ = ["DeviceUnavailable", "PagedKVCache", "merge_partials", "mla_decode"]
 
 _HOMES = {
     "DeviceUnavailable": "mla_kernels.device",
+    "PagedKVCache": "mla_kernels.paging",
     "merge_partials": "mla_kernels.decode",
     "mla_decode": "mla_kernels.decode",
 }

@@ -204,7 +204,7 @@ def churn_of_pages(events: int, seed: int, samples: int = 200) -> Churn:
 
 
 def churn_of_tensors(events: int, seed: int, samples: int = 200) -> Churn:
-    """A tensor for each sequence, grown by copying into a larger one: what torch took from the GPU for them."""
+    """A tensor for each sequence, grown by copying into a larger one: what torch took from the GPU."""
     import torch
 
     pool = torch.cuda.MemPool()  # of its own, so that nothing else is counted

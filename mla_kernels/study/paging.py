@@ -50,7 +50,7 @@ def plot_page_sizes(record: Record) -> pd.DataFrame:
         xlabel="tokens a page", ylabel="speed over pages of 64", ylim=(0, 1.1), title="What small pages cost"
     )
     axes.legend(loc="lower right")
-    style.show(figure, record)
+    style.show(figure, style.caption(record, pages=False))
     return data
 
 
@@ -84,7 +84,7 @@ def plot_savings(record: Record, chapter: float) -> pd.DataFrame:
         title="Memory saved on log-normal lengths",
     )
     axes.legend(fontsize=8)
-    style.show(figure, record)
+    style.show(figure, style.caption(record, pages=False))
     return data
 
 
@@ -115,7 +115,7 @@ def plot_latencies(record: Record, chapter: dict[str, float]) -> pd.DataFrame:
     style.plain_log_ticks(axes, [0.5, 1, 2, 5, 10, 20, 50, 100])
     axes.set(xlabel="time of an operation on the host, µs", title="Finding room")
     axes.legend(loc="lower left", fontsize=8)
-    style.show(figure, record)
+    style.show(figure, style.caption(record, pages=False))
     return data
 
 
@@ -134,7 +134,7 @@ def plot_churn(record: Record) -> pd.DataFrame:
     axes.plot(part.event, part.live / 1e6, color=style.CEILING, linewidth=1, label="the latents themselves")
     axes.set(xlabel="events", ylabel="MB", ylim=(0, None), title="A long churn")
     axes.legend(fontsize=8)
-    style.show(figure, record)
+    style.show(figure, style.caption(record, pages=False))
     return pd.concat(parts, ignore_index=True)
 
 

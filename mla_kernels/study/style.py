@@ -81,10 +81,11 @@ def new_figure(columns: int = 1, *, width: float = 8.0, height: float = 4.4, **o
     return figure, axes
 
 
-def caption(record: Record) -> str:
-    """Device, date and commit of a record."""
+def caption(record: Record, pages: bool = True) -> str:
+    """Device, date and commit of a record. ``pages`` False: not all are of 64 tokens."""
     run = record.run
-    return f"one {record.device.name}, {run.utc:%Y-%m-%d}, commit {run.commit[:10]}, bf16, pages of 64"
+    of_64 = ", pages of 64" if pages else ""
+    return f"one {record.device.name}, {run.utc:%Y-%m-%d}, commit {run.commit[:10]}, bf16{of_64}"
 
 
 def show(figure: Figure, record: Record | str) -> None:

@@ -70,7 +70,8 @@ def plot_speedups(record: Record) -> pd.DataFrame:
         style.plain_log_ticks(panel, [1, 2, 4, 8, 16, 32, 64])
         panel.set(xlabel="times as fast as the alternative", title=f"{h_q} heads")
     np.atleast_1d(axes)[0].invert_yaxis()
-    np.atleast_1d(axes)[-1].legend(loc="lower right", fontsize=8)
+    handles, names = np.atleast_1d(axes)[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=4, fontsize=8)
     style.show(figure, record)
     return data
 
@@ -88,8 +89,74 @@ def plot_padding(record: Record) -> pd.DataFrame:
     axes.set(
         xlabel="longest over mean length",
         ylabel="padded time over unpadded",
-        title="Padding costs its tokens",
+        title="Padding costs most of its tokens",
     )
     axes.legend()
+    style.show(figure, record)
+    return data
+
+
+def plot_batches(record: Record) -> pd.DataFrame:
+    """The lengths of each batch, longest first: what is above a curve is padding."""
+    figure, axes = style.new_figure(width=8.0)
+    rows, seen = [], set()
+    for point in varied(record, *KINDS):
+        w = point.workload
+        if (name := in_words(w)) in seen:
+            continue
+        seen.add(name)
+        ordered = np.sort(w.lengths)[::-1] / max(w.lengths)
+        axes.step(np.linspace(0, 1, w.b, endpoint=False), ordered, where="post", label=name, linewidth=1.3)
+        rows.append({"batch": name, "b": w.b, "mean": np.mean(w.lengths), "filled": ordered.mean()})
+    axes.set(
+        xlabel="share of the batch, longest first",
+        ylabel="length over the longest",
+        xlim=(0, 1),
+        ylim=(0, 1.05),
+        title="What padding would fill",
+    )
+    axes.legend(fontsize=7, ncols=2)
+    style.show(figure, record)
+    return pd.DataFrame(rows)
+
+
+def plot_penalty(record: Record) -> pd.DataFrame:
+    """Time over that of the same tokens spread evenly, less one."""
+    data = table(record).dropna(subset=["penalty"]).sort_values("penalty").reset_index(drop=True)
+    figure, axes = style.new_figure(width=8.0, height=5.0)
+    colours = [style.COLOURS["mla_kernels"] if h == 16 else style.COLOURS["block:skeleton"] for h in data.h_q]
+    axes.barh(data.index, 100 * data.penalty, color=colours)
+    axes.set_yticks(data.index, data.batch + ", " + data.h_q.astype(str) + " heads", fontsize=7.5)
+    axes.set(
+        xlabel="time over the same tokens spread evenly, % more",
+        title="What uneven lengths cost (blue: 16 heads)",
+    )
+    style.show(figure, record)
+    return data
+
+
+def host_times(record: Record) -> pd.DataFrame:
+    """Host time of one eager decode of the batch in µs, by batch and way."""
+    rows = []
+    for point in record.points:
+        us = figures.host_us(point) if point.status == "ok" else None
+        if us is not None and point.mode == "burst":
+            way = point.implementation.removeprefix(ALTERNATIVE)
+            rows.append({"b": point.workload.b, "h_q": point.workload.h_q, "way": way, "host_us": us})
+    return pd.DataFrame(rows)
+
+
+def plot_host(record: Record) -> pd.DataFrame:
+    """Median host time of an eager call against the batch."""
+    data = host_times(record)
+    figure, axes = style.new_figure(width=7.5)
+    colours = dict(zip(("mla_kernels", *NAMES), style.sns.color_palette("colorblind"), strict=False))
+    for way, part in data.groupby("way", sort=False):
+        middle = part.groupby("b").host_us.median()
+        axes.plot(middle.index, middle, marker="o", color=colours[way], label=NAMES.get(way, "this kernel"))
+    style.plain_log_ticks(axes, sorted(data.b.unique()))
+    style.plain_log_ticks(axes, [10, 30, 100, 300, 1000, 3000, 10000], axis="y")
+    axes.set(xlabel="sequences", ylabel="host time of an eager call, µs", title="What the host spends")
+    axes.legend(fontsize=8)
     style.show(figure, record)
     return data
