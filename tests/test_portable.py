@@ -104,6 +104,35 @@ def test_out_is_written_and_lse_is_optional():
     assert torch.equal(out, expected)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_ragged_queries(causal):
+    q, *rest = paged_inputs([97, 5, 0, 33], 6, 3, 32, torch.bfloat16)
+    counts = [2, 0, 1, 3]
+    starts = torch.tensor([0, 2, 2, 3, 6], dtype=torch.int32, device=DEVICE)
+    ragged = torch.cat([own[:n] for own, n in zip(q, counts, strict=True)])
+    out, lse = portable.mla_decode(ragged, *rest, causal=causal, cu_seqlens_q=starts)
+    ref_out, ref_lse = mla_decode_reference(ragged, *rest, causal=causal, cu_seqlens_q=starts)
+    assert out.shape == (6, 3, 512) and lse.shape == (3, 6)
+    assert (out.double() - ref_out).norm() <= OUT_LIMIT[torch.bfloat16] * ref_out.norm()
+    torch.testing.assert_close(lse.double(), ref_lse, rtol=0, atol=LSE_LIMIT)
+
+
+@pytest.mark.parametrize(
+    ("starts", "message"),
+    [([0, 6], r"cu_seqlens_q has shape \(2,\), must be \(3,\)"), ([0.0, 1, 6], "torch.int32")],
+)
+def test_ragged_arguments_are_checked(starts, message):
+    q, *rest = paged_inputs([9, 5], 3, 2, 32, torch.bfloat16)
+    with pytest.raises((TypeError, ValueError), match=message):
+        portable.mla_decode(
+            q.flatten(0, 1),
+            *rest,
+            cu_seqlens_q=torch.tensor(starts, device=DEVICE).to(
+                torch.float32 if isinstance(starts[0], float) else torch.int32
+            ),
+        )
+
+
 def test_empty_batch():
     q, pool, table, seqlens = paged_inputs([3], 1, 2, 16, torch.bfloat16)
     out, lse = portable.mla_decode(q[:0], pool, table[:0], seqlens[:0])

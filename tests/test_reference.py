@@ -154,3 +154,22 @@ def test_merge_of_a_split_cache_equals_the_whole():
     torch.testing.assert_close(out, whole[0], rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(lse, whole[1], rtol=1e-12, atol=1e-14)
     assert (lse[2] == -math.inf).all() and (out[2] == 0).all()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_ragged_queries_are_sequences_of_their_own(causal):
+    generator = torch.Generator().manual_seed(3)
+    q, pool, table, lengths = (
+        torch.randn(6, 2, 8, generator=generator),
+        torch.randn(7, 4, 8, generator=generator),
+        torch.tensor([[0, 1, 2], [3, 4, 5]], dtype=torch.int32),
+        torch.tensor([9, 5], dtype=torch.int32),
+    )
+    starts = torch.tensor([0, 4, 6], dtype=torch.int32)
+    out, lse = mla_decode_reference(q, pool, table, lengths, head_dim_v=4, causal=causal, cu_seqlens_q=starts)
+    for i, rows in enumerate((slice(0, 4), slice(4, 6))):
+        own = slice(i, i + 1)
+        one_out, one_lse = mla_decode_reference(
+            q[None, rows], pool, table[own], lengths[own], head_dim_v=4, causal=causal
+        )
+        assert torch.equal(out[rows], one_out[0]) and torch.equal(lse[:, rows], one_lse[0])

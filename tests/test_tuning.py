@@ -172,3 +172,22 @@ def test_a_short_ring_merges_fewer_parts():
     ring = (4 * 4 + short.rotary_slots) * tuning.BOX_BYTES
     assert short.most_parts * slice_bytes <= ring < (short.most_parts + 1) * slice_bytes
     assert short.most_parts < 132
+
+
+def test_each_page_size_has_its_way_into_tiles():
+    ways = {size: tuning.pages_of(size, ragged=False) for size in tuning.PAGE_SIZES}
+    assert ways[64] == "tiles" and ways[128] == "tiles128" and ways[256] == "tiles256"
+    assert {ways[size] for size in (8, 16, 32)} == {"pieces"} and {ways[s] for s in (1, 2, 4)} == {"tokens"}
+    assert {tuning.pages_of(size, ragged=True) for size in tuning.PAGE_SIZES} == {"pieces", "tokens"}
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_loaders_of_small_pages_get_registers_and_the_ring_still_fits(rows):
+    shipped = VARIANTS[rows]
+    assert shipped.for_pages("tiles") is shipped is shipped.for_pages("tiles256")
+    for pages, least in tuning.PRODUCER_REGISTERS.items():
+        made = shipped.for_pages(pages)  # checks itself
+        assert made.producer_registers >= least
+        macros = dict(shipped.kernel_config("bf16", pages=pages).defines)
+        assert macros["MLA_PAGE_SIZE"] == tuning.PAGES[pages]
+        assert macros["MLA_GROUP_SLOTS"] == made.group_slots

@@ -61,6 +61,35 @@ def test_stale(make_fresh, fields, found):
     assert "make record" in message
 
 
+def test_other_text_of_the_same_machine_code_is_fresh(make_fresh):
+    from mla_kernels.compiler import compile_kernel
+    from mla_kernels.decode import shipped_configs
+
+    code = compile_kernel(shipped_configs()[0]).sha256
+    check_fresh(make_fresh(digest="0" * 64, cubin_sha256=code), "r.json")
+    with pytest.raises(RecordError, match="does not compile to the code that was measured"):
+        check_fresh(make_fresh(digest="0" * 64, cubin_sha256="1" * 64), "r.json")
+
+
+def test_a_kernel_that_serves_a_point_must_be_in_the_record(data, make_fresh, make_point):
+    record = make_fresh()
+    serving = [k for k in record.source.kernels if not k.name.endswith("-pieces")]
+    paged = make_point().workload.model_copy(update={"page_size": 16})
+    for kernels, missing in ((record.source.kernels, False), (serving, True)):
+        points = [make_point(workload=paged, us=float(100 + missing))]
+        path = data / "h200" / "roofline.json"
+        save_record(record.model_copy(update={"points": points, "source": Source(kernels=kernels)}), path)
+        assert [p.field for p in problems(data)] == ["source.kernels"] * missing
+
+
+def test_kernels_that_came_later_do_not_make_a_record_stale(data, make_fresh):
+    record = make_fresh()
+    kernels = [kernel for kernel in record.source.kernels if "tokens" not in kernel.name]
+    path = data / "h200" / "roofline.json"
+    save_record(record.model_copy(update={"source": Source(kernels=kernels)}), path)
+    assert problems(data) == []
+
+
 def test_a_record_without_kernels_is_not_fresh(make_record):
     with pytest.raises(RecordError, match=r"source\.kernels: is empty"):
         check_fresh(make_record(source=Source()), "r.json")

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from mla_kernels.measure.allocations import Footprint, Latency
 from mla_kernels.measure.records import Suite, Verification, save_record
 from mla_kernels.measure.workloads import lognormal, normal, spread_evenly, uniform
 from mla_kernels.study import __main__ as study
@@ -335,3 +336,50 @@ def test_markers_must_be_there_once():
     twice = f"{module.BEGIN}{module.END}" * 2
     with pytest.raises(ValueError, match="once"):
         replace_between_markers(twice, "x")
+
+
+@pytest.fixture
+def paging(card):
+    """Two batches, three page sizes, times and bytes that are easily told."""
+    sizes = {64: 100.0, 16: 125.0, 1: 200.0}
+    base = uniform(128, 4096, h_q=16)
+    points = [
+        card.point("mla_kernels", base.model_copy(update={"page_size": size}), us=us)
+        for size, us in sizes.items()
+    ]
+    footprints = []
+    for b, paged in ((4, 70), (8, 60), (16, 50)):
+        footprints.append(
+            Footprint(layout="paged", page_size=64, b=b, tokens=[1, 1], bytes=[paged, paged + 10])
+        )
+        footprints.append(Footprint(layout="padded", b=b, tokens=[1, 1], bytes=[100, 100]))
+    latencies = [
+        Latency.of("PageAllocator", "allocate 32 pages", [1000] * 98 + [4000] * 2, 60),
+        Latency.of("cudaMalloc", "allocate a sequence", [20_000], 60),
+    ]
+    update = {"footprints": footprints, "latencies": latencies}
+    return card.record("paging", points).model_copy(update=update)
+
+
+def test_findings_of_the_paged_cache(paging):
+    found = values(paging)
+    assert found["paging.memory_saving"] == pytest.approx(0.25)  # b 4: the mean of 0.3 and 0.2
+    assert found["paging.alloc_p99_us"] == pytest.approx(4.0, rel=0.03)
+    assert found["paging.alloc_vs_cudamalloc"] == pytest.approx(20, rel=0.05)
+    assert found["paging.page16_bandwidth_ratio"] == 0.8
+    assert found["paging.page1_bandwidth_ratio"] == 0.5
+    assert "decode.peak_tflops" not in found, "what serves the deployments' questions is not of the grid"
+
+
+def test_findings_of_lengths_that_differ(card):
+    varied = lognormal(8, 2048, 1024, h_q=16)
+    times = {"mla_kernels": 10.0, "alternative:padded": 40.0, "alternative:loop": 30.0}
+    times |= {"alternative:padded_kernel": 15.0, "alternative:kernel_loop": 50.0}
+    points = [card.point(name, varied, us=us) for name, us in times.items()]
+    points.append(card.point("mla_kernels", spread_evenly(varied), us=8.0))
+    found = values(card.record("varlen", points))
+    assert found["varlen.speedup_over_padded"] == 4
+    assert found["varlen.speedup_over_traditional"] == 3
+    assert found["varlen.speedup_over_padded_same_kernel"] == 1.5
+    assert found["varlen.speedup_over_loop_same_kernel"] == 5
+    assert found["varlen.penalty"] == pytest.approx(0.25)

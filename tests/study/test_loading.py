@@ -34,6 +34,17 @@ def edit(path, **fields):
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
+def test_another_gpus_record_stands_in_and_says_so(data, roofline, capsys):
+    device = roofline.device.model_copy(update={"name": "NVIDIA H100 80GB HBM3"})
+    other = roofline.model_copy(update={"experiment": "paging", "device": device})
+    save_record(other, data / "h100-80gb-hbm3" / "paging.json")
+    save_record(roofline.model_copy(update={"device": device}), data / "h100-80gb-hbm3" / "roofline.json")
+    assert load("paging", "replay") == other
+    assert "NVIDIA H100" in capsys.readouterr().out
+    assert load("roofline", "replay") == roofline  # its own comes first
+    assert [record.device.name for record in load_all()] == ["NVIDIA H100 80GB HBM3", "NVIDIA H200"]
+
+
 def test_replay_says_what_it_is(data, roofline, capsys):
     assert load("roofline", "replay") == roofline
     line = capsys.readouterr().out
@@ -48,9 +59,9 @@ def test_a_record_of_uncommitted_changes_says_so(data, roofline, capsys):
     assert "with uncommitted changes" in capsys.readouterr().out
 
 
-def test_load_all_reads_one_gpu(data, roofline):
-    assert load_all() == [roofline]
-    assert load_all("h100") == []
+def test_load_all_reads_one_gpu_and_what_it_has_none_of(data, roofline):
+    assert load_all() == load_all("h100") == [roofline]
+    assert load_all(data=data / "h200") == []
 
 
 def test_a_notebook_may_go_on_without_what_is_not_recorded_yet(data, roofline, capsys):

@@ -1,0 +1,59 @@
+"""What one does about lengths that differ without a kernel for them: right, where it needs no GPU."""
+
+import pytest
+import torch
+
+from mla_kernels.measure import points
+from mla_kernels.measure.alternatives import ALTERNATIVES
+from mla_kernels.measure.experiments import varlen
+from mla_kernels.measure.records import ALTERNATIVE
+from mla_kernels.measure.workloads import explicit, materialize, spread_evenly
+from mla_kernels.reference import mla_decode_reference
+
+
+@pytest.mark.parametrize("name", ["padded", "loop"])
+def test_the_result_is_that_of_the_unpadded_sequences(name):
+    inputs = materialize(explicit([70, 1, 130], h_q=4, s_q=1), device="cpu", sets=2, poison=False)
+    bound = points.bind(ALTERNATIVE + name, inputs)
+    for call, table in zip(bound.calls, inputs.block_tables, strict=False):
+        bound.out.fill_(float("nan"))
+        out, lse = bound.unpack(call())
+        expected, _ = mla_decode_reference(inputs.q, inputs.kv_cache, table, inputs.cache_seqlens)
+        assert lse is None
+        error = (out.double() - expected).norm() / expected.norm()
+        assert error < 8e-3
+
+
+def test_an_unknown_one_is_refused():
+    inputs = materialize(explicit([3], h_q=2), device="cpu", poison=False)
+    with pytest.raises(ValueError, match="'torn' is unknown; known are padded, padded_kernel"):
+        points.bind("alternative:torn", inputs)
+
+
+def test_the_loop_refuses_what_it_cannot_do():
+    for axes, lengths in (({"s_q": 2, "causal": True}, [5, 9]), ({}, [0, 4])):
+        inputs = materialize(explicit(lengths, h_q=2, **axes), device="cpu", poison=False)
+        with pytest.raises(NotImplementedError):
+            points.bind("alternative:loop", inputs)
+
+
+@pytest.mark.parametrize("scope", ["full", "live"])
+def test_every_batch_that_differs_has_its_even_one(scope):
+    steps = list(varlen.steps(scope))
+    even = {step.workload for step in steps if len(step.implementations) == 1}
+    together = [step for step in steps if len(step.implementations) > 1]
+    assert {name for step in together for name in step.implementations[1:]} == {
+        ALTERNATIVE + name for name in ALTERNATIVES
+    }
+    assert all(spread_evenly(s.workload) in even for s in together if len(set(s.workload.lengths)) > 1)
+    listed = {step.workload.lengths for step in together}
+    assert set(varlen.CHAPTER_BATCHES) <= listed
+    assert {s.workload.b for s in together if s.workload.lengths_kind == "lognormal"} >= {4, 8, 16}
+
+
+def test_padded_copies_fit_the_card():
+    for step in varlen.steps("full"):
+        w = step.workload
+        assert w.b * max(w.lengths) * 576 * 2 < 4e9
+        assert 4 * w.b * w.h_q * max(w.lengths) < 4e9, "scores in fp32"
+    assert torch.bfloat16.itemsize == 2
