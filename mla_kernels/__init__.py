@@ -3,12 +3,13 @@
 from importlib import import_module
 
 __version__ = "0.1.0"
-__all__ = ["DeviceUnavailable", "PagedKVCache", "merge_partials", "mla_decode"]
+__all__ = ["DeviceUnavailable", "PagedKVCache", "merge_partials", "mla_append", "mla_decode"]
 
 _HOMES = {
     "DeviceUnavailable": "mla_kernels.device",
     "PagedKVCache": "mla_kernels.paging",
     "merge_partials": "mla_kernels.decode",
+    "mla_append": "mla_kernels.append",
     "mla_decode": "mla_kernels.decode",
 }
 

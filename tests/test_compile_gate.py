@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from mla_kernels import compiler, decode, plan
+from mla_kernels import append, compiler, decode, plan
 
 BLOCKS = ("stream", "mma", "skeleton")
 # A tile's groups and its rotary box; queries by themselves, or as a tile of their own.
@@ -26,6 +26,13 @@ def test_shipped_kernel(config):
     assert report.registers <= 128, "512 threads leave 128 registers each at launch"
     assert report.shared_bytes <= 228 * 1024
     assert "C75" not in kernel.log, f"ptxas serialized WGMMA or ignored setmaxnreg: {kernel.log}"
+
+
+@pytest.mark.parametrize("config", append.APPEND.values(), ids=lambda config: config.name)
+def test_append_kernel(config):
+    report = compiler.resource_report(compiler.compile_kernel(config))
+    assert (report.stack_bytes, report.local_loads, report.local_stores) == (0, 0, 0)
+    assert report.registers <= 64, "eight CTAs of 256 threads an SM, or bandwidth suffers"
 
 
 @pytest.mark.parametrize("query_rows", [16, 64])

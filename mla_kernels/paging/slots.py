@@ -5,6 +5,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from mla_kernels.append import APPEND, mla_append
+from mla_kernels.arguments import HEAD_DIM
+
 
 class Slots(NamedTuple):
     """Token i is line ``offsets[i]`` of page ``pages[i]``; both arrays are (n,) int32, on the host."""
@@ -14,7 +17,7 @@ class Slots(NamedTuple):
 
 
 def write_latents(kv_cache: torch.Tensor, slots: Slots, kv_c: torch.Tensor, k_pe: torch.Tensor) -> None:
-    """Puts the latents of n tokens into their slots, by torch's indexed copy on the current stream.
+    """Puts the latents of n tokens into their slots, on the current stream: by ``mla_append`` where it can.
 
     Args:
         kv_cache: (num_pages, page_size, 1, latent + rope), the pool.
@@ -47,6 +50,15 @@ def write_latents(kv_cache: torch.Tensor, slots: Slots, kv_c: torch.Tensor, k_pe
             f"a slot is outside the pool of {num_pages} pages of {page_size} tokens: "
             "take slots from append() or slots()"
         )
+    if (
+        kv_cache.is_cuda
+        and kv_cache.dtype in APPEND
+        and (kv_c.shape[1], head_dim) == (512, HEAD_DIM)
+        and not page_size & (page_size - 1)
+    ):
+        slot_mapping = torch.from_numpy(index[0] * page_size + index[1]).to(kv_cache.device)
+        mla_append(kv_cache, slot_mapping, kv_c.contiguous(), k_pe.contiguous())
+        return
     page, offset = torch.from_numpy(index).to(kv_cache.device)
     kv_cache[page, offset, 0, : kv_c.shape[1]] = kv_c
     kv_cache[page, offset, 0, kv_c.shape[1] :] = k_pe
