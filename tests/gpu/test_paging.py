@@ -1,4 +1,4 @@
-"""PagedKVCache and mla_decode together: forks, copy-on-write and prefix hits give what a plain cache gives."""
+"""PagedKVCache and mla_decode: forks, copy-on-write and prefix hits give what a plain cache gives."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ class Plain:
 
     def __init__(self, page_size: int, prefix_cache: bool = False):
         self.cache = PagedKVCache(
-            512, page_size, max_pages_per_sequence=64, max_sequences=8, prefix_cache=prefix_cache
+            512, page_size, max_pages_per_sequence=256, max_sequences=8, prefix_cache=prefix_cache
         )
         self.cache.kv_cache.fill_(float("nan"))
         self.lines: dict[int, torch.Tensor] = {}
