@@ -73,6 +73,12 @@ def mla_append(
             MLA_KERNELS_CHECK=1 also a slot past the pool (this synchronises).
     """
     _check(kv_cache, slot_mapping, kv_c, k_pe, norm_weight, cos, sin, positions)
+    if torch.compiler.is_compiling():
+        torch.ops.mla_kernels.append(
+            kv_cache, slot_mapping, kv_c, k_pe, norm_weight, norm_eps, cos, sin, positions, interleaved
+        )
+        return
+    _check_rows(kv_cache, kv_c, k_pe)
     num_slots = kv_cache.shape[0] * kv_cache.shape[1]
     if os.environ.get("MLA_KERNELS_CHECK") == "1" and len(slot_mapping) and slot_mapping.max() >= num_slots:
         raise ValueError(
@@ -140,6 +146,9 @@ def _check(kv_cache, slot_mapping, kv_c, k_pe, norm_weight, cos, sin, positions)
             raise ValueError(f"{name} is on {tensor.device}, the pool on {kv_cache.device}: use .to()")
         if name not in ("kv_c", "k_pe") and not tensor.is_contiguous():
             raise ValueError(f"{name} has strides {tensor.stride()}, must be contiguous: call .contiguous()")
+
+
+def _check_rows(kv_cache, kv_c, k_pe) -> None:
     for name, tensor, steps in (
         ("kv_cache", kv_cache, kv_cache.stride()[:2]),
         ("kv_c", kv_c, kv_c.stride()[:1]),
@@ -150,6 +159,29 @@ def _check(kv_cache, slot_mapping, kv_c, k_pe, norm_weight, cos, sin, positions)
                 f"{name} has strides {tensor.stride()} and starts at {tensor.data_ptr():#x}: rows must be "
                 "contiguous and begin at multiples of 16 bytes, call .contiguous()"
             )
+
+
+@torch.library.custom_op("mla_kernels::append", mutates_args=("kv_cache",))
+def _append_op(
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    kv_c: torch.Tensor,
+    k_pe: torch.Tensor,
+    norm_weight: torch.Tensor | None,
+    norm_eps: float,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    interleaved: bool,
+) -> None:
+    options = {"norm_weight": norm_weight, "norm_eps": norm_eps, "cos": cos, "sin": sin}
+    options |= {"positions": positions, "interleaved": interleaved}
+    mla_append(kv_cache, slot_mapping, kv_c, k_pe, **options)
+
+
+@_append_op.register_fake
+def _append_fake(*arguments) -> None:
+    """Returns nothing, and changes no shape."""
 
 
 def _append_portable(

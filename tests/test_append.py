@@ -50,6 +50,15 @@ def test_only_slots_of_the_pool_are_written():
     assert torch.equal(lines[[3, 8, 9]], torch.cat([kv_c, k_pe], 1)[[0, 3, 4]])
 
 
+def test_torch_compile_takes_it_whole():
+    pool, slots, kv_c, k_pe = tensors()
+    other = pool.clone()
+    mla_append(pool, slots, kv_c, k_pe)
+    compiled = torch.compile(lambda *arguments: mla_append(*arguments), fullgraph=True, backend="eager")
+    compiled(other, slots, kv_c, k_pe)
+    assert torch.equal(pool, other)
+
+
 def test_checked_mode_names_the_slot(monkeypatch):
     monkeypatch.setenv("MLA_KERNELS_CHECK", "1")
     pool, slots, kv_c, k_pe = tensors()
