@@ -181,10 +181,22 @@ def churn_events(events: int, seed: int) -> Iterator[tuple[int, int]]:
         yield row, now[row]
 
 
-def churn_of_pages(events: int, seed: int, samples: int = 200) -> Churn:
-    """Through PagedKVCache: what it holds are the pages in use."""
+def pages_of_churn(events: int, seed: int) -> int:
+    """Pages of 64 that the sequences of a churn have at most at once: no pool can do with fewer."""
+    held, now, most = [0] * LIVE, 0, 0
+    for row, tokens in churn_events(events, seed):
+        now += -(-tokens // 64) - held[row]
+        held[row] = -(-tokens // 64)
+        most = max(most, now)
+    return most
+
+
+def churn_of_pages(events: int, seed: int, samples: int = 200, pool_pages: int = 2**15) -> Churn:
+    """Through PagedKVCache: what it holds are the pages in use. OutOfPages where the pool has too few."""
     pages = 2 * LONGEST // 64
-    cache = PagedKVCache(2**15, max_pages_per_sequence=pages, max_sequences=LIVE, device="cpu", head_dim=1)
+    cache = PagedKVCache(
+        pool_pages, max_pages_per_sequence=pages, max_sequences=LIVE, device="cpu", head_dim=1
+    )
     rows: list[int | None] = [None] * LIVE
     now = [0] * LIVE
 
@@ -200,7 +212,7 @@ def churn_of_pages(events: int, seed: int, samples: int = 200) -> Churn:
     def held() -> int:
         return cache.usage().used * 64 * BYTES_PER_TOKEN
 
-    return _churn("PagedKVCache", events, seed, samples, follow, held, now)
+    return follow_churn("PagedKVCache", events, seed, samples, follow, held, now)
 
 
 def churn_of_tensors(events: int, seed: int, samples: int = 200) -> Churn:
@@ -225,13 +237,22 @@ def churn_of_tensors(events: int, seed: int, samples: int = 200) -> Churn:
         return sum(segment["total_size"] for segment in pool.snapshot())
 
     with torch.cuda.use_mem_pool(pool):
-        churn = _churn("torch", events, seed, samples, follow, held, now)
+        churn = follow_churn("torch", events, seed, samples, follow, held, now)
         rows.clear()
     torch.cuda.synchronize()
     return churn
 
 
-def _churn(allocator, events, seed, samples, follow, held, now) -> Churn:
+def follow_churn(
+    allocator: str,
+    events: int,
+    seed: int,
+    samples: int,
+    follow: Callable[[int, int], None],
+    held: Callable[[], int],
+    now: list[int],
+) -> Churn:
+    """``follow(row, tokens)`` does each of churn_events(); ``now`` are the rows' tokens, ``held()`` bytes."""
     live_bytes, held_bytes = [], []
     every = max(1, events // samples)
     for number, (row, tokens) in enumerate(churn_events(events, seed), 1):
