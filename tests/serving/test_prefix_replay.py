@@ -1,4 +1,4 @@
-"""Prefix hits of a trace against a plain model of an unbounded cache, and what a small one does to them."""
+"""Prefix hits and evictions of a trace against a plain model, and what a small cache does to them."""
 
 import pytest
 
@@ -8,35 +8,40 @@ from mla_kernels.serving.prefix_replay import DEPLOYMENTS, Deployment, replay
 TRACE = chats(60, 5.0, seed=2)
 
 
-def hits_of_an_endless_cache(requests, page_size: int) -> int:
-    """Whole pages of each prompt whose tokens, from the first on, some earlier request had."""
-    known, hits = set(), 0
+def hits_of_a_plain_cache(requests, capacity_pages: int, page_size: int = 64) -> tuple[int, int]:
+    """(hit tokens, evicted pages) where a page is known by all the tokens up to its end.
+
+    Pages are known from the least to the most recently used, of one request its last page first.
+    """
+    known, hits, evictions = {}, 0, 0
     for request in requests:
-        prompt = token_ids(request.prompt).tolist()
-        whole = prompt + token_ids((request.reply,)).tolist()
+        prompt = token_ids(request.prompt).tobytes()
+        whole = prompt + token_ids((request.reply,)).tobytes()
+        pages = [whole[: 8 * end] for end in range(page_size, len(whole) // 8 + 1, page_size)]
         found = 0
-        for end in range(page_size, len(prompt) + 1, page_size):
-            if tuple(prompt[:end]) not in known:
-                break
-            found = end
-        hits += found
-        known.update(tuple(whole[:end]) for end in range(page_size, len(whole) + 1, page_size))
-    return hits
+        while found < len(prompt) // 8 // page_size and pages[found] in known:
+            del known[pages[found]]  # in use now
+            found += 1
+        hits += found * page_size
+        evicted = max(0, len(known) + -(-len(whole) // 8 // page_size) - capacity_pages)
+        for page in list(known)[:evicted]:
+            del known[page]
+        evictions += evicted
+        known |= dict.fromkeys(reversed(pages))
+    return hits, evictions
 
 
-def test_an_endless_cache_finds_what_was_there():
-    found = replay(TRACE, capacity_tokens=10_000_000)
-    # a prompt that is found whole keeps its last token to be computed
-    expected = hits_of_an_endless_cache(TRACE, 64)
-    assert expected - 64 * len(TRACE) * 0.05 <= found.hit_tokens <= expected
-    assert found.evicted_pages == 0
+@pytest.mark.parametrize("capacity_tokens", [20_000, 60_000, 10_000_000])
+def test_hits_and_evictions_are_those_of_a_plain_cache(capacity_tokens):
+    found = replay(TRACE, capacity_tokens)
+    assert (found.hit_tokens, found.evicted_pages) == hits_of_a_plain_cache(TRACE, capacity_tokens // 64)
     assert found.prompt_tokens == sum(request.context_tokens for request in TRACE)
+    assert (found.evicted_pages == 0) == (capacity_tokens == 10_000_000)
 
 
 def test_less_room_finds_no_more():
     rates = [replay(TRACE, tokens).hit_rate for tokens in (20_000, 60_000, 10_000_000)]
     assert rates == sorted(rates) and rates[0] < rates[-1]
-    assert replay(TRACE, 20_000).evicted_pages > 0
 
 
 def test_a_prompt_that_does_not_fit_is_refused():
