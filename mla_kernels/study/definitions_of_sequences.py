@@ -154,4 +154,6 @@ PAGING = (
     ("paging.page32_bandwidth_ratio", "of pages of 64", "≥ 0.95", _page_ratios(32, 16), min),
     ("paging.page1_bandwidth_ratio", "of pages of 64", "≥ 0.8", _page_ratios(1, 16), min),
     ("paging.page16_compute_ratio", "of pages of 64", "", _page_ratios(16, 128), min),
+    ("paging.page32_compute_ratio", "of pages of 64", "", _page_ratios(32, 128), min),
+    ("paging.page1_compute_ratio", "of pages of 64", "", _page_ratios(1, 128), min),
 )

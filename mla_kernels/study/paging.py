@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
 from mla_kernels.measure import figures
+from mla_kernels.measure.allocations import Churn
 from mla_kernels.measure.records import Record
 from mla_kernels.serving.prefix_replay import DEPLOYMENTS, replay
 from mla_kernels.serving.requests import Request
@@ -119,23 +120,36 @@ def plot_latencies(record: Record, chapter: dict[str, float]) -> pd.DataFrame:
     return data
 
 
-def plot_churn(record: Record) -> pd.DataFrame:
-    """Bytes held over bytes alive while sequences come, grow and go."""
+def plot_churn(record: Record, *simulated: Churn) -> pd.DataFrame:
+    """Bytes held while sequences come, grow and go: of the record's churns, and dashed what was simulated."""
     figure, axes = style.new_figure(width=7.5)
     parts = []
-    for churn in record.churns:
+    for churn in (*record.churns, *simulated):
         part = pd.DataFrame({"live": churn.live_bytes, "held": churn.held_bytes}).assign(
             allocator=churn.allocator
         )
         part["event"] = (part.index + 1) * (churn.events // len(part))
         part["overhead"] = part.held / part.live - 1
         parts.append(part[part.event > churn.events // 10])  # rows have filled
-        axes.plot(part.event, part.held / 1e6, label=f"{churn.allocator}, held")
+        line = "--" if churn in simulated else "-"
+        axes.plot(part.event, part.held / 1e6, line, label=f"{churn.allocator}, held")
     axes.plot(part.event, part.live / 1e6, color=style.CEILING, linewidth=1, label="the latents themselves")
     axes.set(xlabel="events", ylabel="MB", ylim=(0, None), title="A long churn")
     axes.legend(fontsize=8)
     style.show(figure, style.caption(record, pages=False))
     return pd.concat(parts, ignore_index=True)
+
+
+def overheads(churn: pd.DataFrame) -> pd.DataFrame:
+    """A row an allocator of plot_churn(): bytes held over those alive, less one.
+
+    "median": at one moment. "peak": the most held over the most alive, which is what a card has to have room
+    for, whether it was set aside at first, as a pool of pages is, or taken as needed.
+    """
+    by = churn.groupby("allocator", sort=False)
+    return pd.DataFrame(
+        {"median": by.overhead.median(), "peak": by.held.max() / by.live.max() - 1}
+    ).reset_index()
 
 
 def hits(requests: Sequence[Request]) -> pd.DataFrame:
@@ -150,10 +164,17 @@ def hits(requests: Sequence[Request]) -> pd.DataFrame:
                 "card, GB": deployment.card_gb,
                 "capacity, tokens": result.capacity_tokens,
                 "hit rate": result.hit_rate,
+                "prefill saved, tokens": result.hit_tokens,
                 "evicted pages": result.evicted_pages,
             }
         )
     return pd.DataFrame(rows)
+
+
+def hits_by_trace(data: pd.DataFrame, traces: Mapping[str, Sequence[Request]]) -> pd.DataFrame:
+    """Hit rates of hits() as "this trace", beside those of other traces on the same deployments."""
+    beside = data[["weights, GB", "card, GB", "capacity, tokens"]].assign(**{"this trace": data["hit rate"]})
+    return beside.assign(**{name: hits(requests)["hit rate"] for name, requests in traces.items()})
 
 
 def plot_hits(data: pd.DataFrame, chapter: dict[float, float], words: str) -> None:

@@ -347,6 +347,11 @@ def paging(card):
         card.point("mla_kernels", base.model_copy(update={"page_size": size}), us=us)
         for size, us in sizes.items()
     ]
+    many = uniform(128, 4096, h_q=128)  # bound by compute: kept apart
+    points += [
+        card.point("mla_kernels", many.model_copy(update={"page_size": size}), us=us)
+        for size, us in {64: 100.0, 32: 160.0, 16: 250.0, 1: 400.0}.items()
+    ]
     footprints = []
     for b, paged in ((4, 70), (8, 60), (16, 50)):
         footprints.append(
@@ -368,6 +373,9 @@ def test_findings_of_the_paged_cache(paging):
     assert found["paging.alloc_vs_cudamalloc"] == pytest.approx(20, rel=0.05)
     assert found["paging.page16_bandwidth_ratio"] == 0.8
     assert found["paging.page1_bandwidth_ratio"] == 0.5
+    assert "paging.page32_bandwidth_ratio" not in found, "no such point was measured"
+    compute = [found[f"paging.page{size}_compute_ratio"] for size in (32, 16, 1)]
+    assert compute == [0.625, 0.4, 0.25]
     assert "decode.peak_tflops" not in found, "what serves the deployments' questions is not of the grid"
 
 
