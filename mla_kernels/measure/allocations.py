@@ -18,6 +18,12 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+def _bins_of(nanoseconds: Sequence[int] | np.ndarray) -> np.ndarray:
+    """The bin of each time; 0 counts as 1 ns."""
+    times = np.maximum(np.asarray(nanoseconds, dtype=np.int64), 1)
+    return np.floor(np.log2(times) * BINS_PER_OCTAVE).astype(int)
+
+
 class Latency(_Section):
     """How long ``operation`` of ``allocator`` took on the host, each one timed by itself.
 
@@ -37,7 +43,7 @@ class Latency(_Section):
     def of(cls, allocator: str, operation: str, nanoseconds: Sequence[int], timer_ns: int) -> Latency:
         """Of single times, at least one; a time of 0 counts as 1 ns."""
         times = np.maximum(np.asarray(nanoseconds, dtype=np.int64), 1)
-        bins, counts = np.unique(np.floor(np.log2(times) * BINS_PER_OCTAVE).astype(int), return_counts=True)
+        bins, counts = np.unique(_bins_of(times), return_counts=True)
         return cls(
             allocator=allocator,
             operation=operation,
@@ -66,6 +72,12 @@ class Latency(_Section):
     def _check(self) -> Latency:
         if not self.bins or len(self.bins) != len(self.counts) or sorted(set(self.bins)) != self.bins:
             raise ValueError("bins must ascend, with a count each")
+        ends = _bins_of([self.min_ns, self.max_ns]).tolist()  # quantiles are cut off at max_ns
+        if ends != [self.bins[0], self.bins[-1]]:
+            raise ValueError(
+                f"min_ns {self.min_ns} and max_ns {self.max_ns} are of bins {ends}, "
+                f"must be of the first and last, {self.bins[0]} and {self.bins[-1]}"
+            )
         return self
 
 
@@ -104,4 +116,9 @@ class Churn(_Section):
     def _check(self) -> Churn:
         if len(self.live_bytes) != len(self.held_bytes) or not self.live_bytes:
             raise ValueError("live_bytes and held_bytes must be as many, one at least")
+        for live, held in zip(self.live_bytes, self.held_bytes, strict=True):
+            if held < live:
+                raise ValueError(
+                    f"held_bytes is {held} where live_bytes is {live}: latents must lie somewhere"
+                )
         return self

@@ -32,6 +32,19 @@ def test_a_histogram_that_is_none_is_refused(bins):
         Latency(allocator="a", operation="b", bins=bins, counts=[1, 1], min_ns=1, max_ns=1, timer_ns=1)
 
 
+@pytest.mark.parametrize("change", [{"min_ns": 90}, {"max_ns": 1}, {"max_ns": 10**6}])
+def test_extremes_outside_their_bins_are_refused(change):
+    fields = Latency.of("pages", "allocate", [100, 5000], timer_ns=60).model_dump()
+    assert Latency(**fields).max_ns == 5000
+    with pytest.raises(ValidationError, match="must be of the first and last"):
+        Latency(**fields | change)
+
+
+def test_a_churn_that_holds_less_than_is_alive_is_refused():
+    with pytest.raises(ValidationError, match="held_bytes is 4 where live_bytes is 5"):
+        Churn(allocator="a", events=10, live_bytes=[5, 5], held_bytes=[5, 4])
+
+
 def test_lists_of_other_lengths_are_refused():
     with pytest.raises(ValidationError, match="as many"):
         Footprint(layout="paged", b=4, tokens=[1, 2], bytes=[3])
