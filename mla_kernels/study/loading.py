@@ -39,8 +39,8 @@ def load(experiment: str, source: str = "auto", gpu: str = "h200") -> Record:
     """The record of an experiment, checked; prints one line on what it is.
 
     ``source``: "replay" reads ``data/<gpu>/<experiment>.json``, or where that GPU has none another's, as the
-    line says; "live" measures on this machine's GPU, or
-    takes what the same commit measured within the hour; "auto" is live on a Hopper GPU, else replay.
+    line says; "live" measures on this machine's GPU, or takes what the same commit measured within the hour;
+    "auto" is live on a Hopper GPU, else replay.
 
     Raises RecordError, naming file and field, for a record that is missing, broken, of another schema or of
     other kernels than this tree's; DeviceUnavailable for "live" without a Hopper GPU.

@@ -43,6 +43,7 @@ def test_another_gpus_record_stands_in_and_says_so(data, roofline, capsys):
     assert "NVIDIA H100" in capsys.readouterr().out
     assert load("roofline", "replay") == roofline  # its own comes first
     assert [record.device.name for record in load_all()] == ["NVIDIA H100 80GB HBM3", "NVIDIA H200"]
+    assert loading.load_recorded(["paging", "roofline"], "replay") == [other, roofline]
 
 
 def test_replay_says_what_it_is(data, roofline, capsys):
