@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import pandas as pd
 
 from mla_kernels.measure import figures
 from mla_kernels.measure.allocations import Churn
+from mla_kernels.measure.allocators import draw_lengths
 from mla_kernels.measure.records import Record
 from mla_kernels.serving.prefix_replay import DEPLOYMENTS, replay
 from mla_kernels.serving.requests import Request
@@ -56,17 +59,32 @@ def plot_page_sizes(record: Record) -> pd.DataFrame:
 
 
 def savings(record: Record) -> pd.DataFrame:
-    """Share of the padded bytes that pages save, mean over the draws: a row a batch, a column a page size."""
+    """Share of the padded bytes that pages save, mean over the draws: a row a batch, a column a page size.
+
+    "± of pages of 64": the standard error of that mean, NaN of a single draw.
+    """
     sizes = sorted({f.page_size for f in record.footprints if f.page_size})
     rows = []
     for b in sorted({f.b for f in record.footprints}):
         row = {"b": b} | {f"pages of {size}": saving(record, b, size) for size in sizes}
         paged, own = footprint(record, "paged", b, 64), footprint(record, "allocated", b)
+        padded = footprint(record, "padded", b)
+        each = [1 - p / o for p, o in zip(paged.bytes, padded.bytes, strict=True)]
+        row["± of pages of 64"] = statistics.stdev(each) / len(each) ** 0.5 if len(each) > 1 else float("nan")
         row["waste of pages of 64"] = 1 - sum(paged.tokens) * 1152 / sum(paged.bytes)
         row["against the longest of a model"] = saving(record, b, 64, "maximum")
         row["a tensor each, waste"] = 1 - sum(own.tokens) * 1152 / sum(own.bytes)
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def padding_waste(b: int, batches: int = 100_000, seed: int = 2) -> float:
+    """Share of a padded batch that is padding: mean over many batches of the experiment's lengths.
+
+    No layout can save more than that. It comes from lengths alone: nothing is allocated.
+    """
+    lengths = np.reshape(draw_lengths(batches * b, seed), (batches, b))
+    return float((1 - lengths.mean(axis=1) / lengths.max(axis=1)).mean())
 
 
 def plot_savings(record: Record, chapter: float) -> pd.DataFrame:

@@ -1,5 +1,7 @@
 """Figures and tables of the paged cache: from planted numbers, and from a small trace."""
 
+import math
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -54,6 +56,27 @@ def test_savings_are_of_the_bytes_of_the_other_layout(record, shown):
     assert row["pages of 64"] == 0.5 and row["against the longest of a model"] == 0.9
     assert row["waste of pages of 64"] == 1 - 1000 / 1280 and row["a tensor each, waste"] == 1 - 1000 / 1600
     assert len(shown) == 1
+
+
+def test_the_error_of_a_saving_is_that_of_the_mean(record):
+    def of(layout, page_size, *bytes):
+        return Footprint(layout=layout, page_size=page_size, b=4, tokens=[1000] * 4, bytes=bytes)
+
+    footprints = [of("paged", 64, 60, 80, 60, 80), of("padded", None, 100, 100, 100, 100)]
+    footprints += [of("maximum", None, *[900] * 4), of("allocated", None, *[70] * 4)]
+    (row,) = paging.savings(record.model_copy(update={"footprints": footprints})).to_dict("records")
+    assert row["pages of 64"] == pytest.approx(0.3)
+    assert row["± of pages of 64"] == pytest.approx((0.04 / 3) ** 0.5 / 2)
+    (alone,) = paging.savings(record).to_dict("records")
+    assert math.isnan(alone["± of pages of 64"])
+
+
+def test_padding_wastes_what_is_missing_to_the_longest(monkeypatch):
+    monkeypatch.setattr(paging, "draw_lengths", lambda n, seed: [100, 50, 100, 100][:n])
+    assert paging.padding_waste(2, batches=2) == 0.125  # a quarter of the first, nothing of the second
+    monkeypatch.undo()
+    wasted = [paging.padding_waste(b, batches=20_000) for b in (1, 4, 8, 16)]
+    assert wasted[0] == 0 and wasted == sorted(wasted) and wasted[-1] < 0.6
 
 
 def test_times_of_freeing_are_listed_and_not_drawn(record, shown):
