@@ -148,13 +148,15 @@ def _check(kv_cache, slot_mapping, kv_c, k_pe, norm_weight, cos, sin, positions)
             raise ValueError(f"{name} has strides {tensor.stride()}, must be contiguous: call .contiguous()")
 
 
+def takes_rows(tensor: torch.Tensor) -> bool:
+    """Whether the rows of a tensor are contiguous and begin at multiples of 16 bytes, as the kernel reads."""
+    steps = tensor.stride()[: 1 if tensor.dim() == 2 else 2]
+    return tensor.stride(-1) == 1 and not any(step % 8 for step in steps) and tensor.data_ptr() % 16 == 0
+
+
 def _check_rows(kv_cache, kv_c, k_pe) -> None:
-    for name, tensor, steps in (
-        ("kv_cache", kv_cache, kv_cache.stride()[:2]),
-        ("kv_c", kv_c, kv_c.stride()[:1]),
-        ("k_pe", k_pe, k_pe.stride()[:1]),
-    ):
-        if tensor.stride(-1) != 1 or any(step % 8 for step in steps) or tensor.data_ptr() % 16:
+    for name, tensor in (("kv_cache", kv_cache), ("kv_c", kv_c), ("k_pe", k_pe)):
+        if not takes_rows(tensor):
             raise ValueError(
                 f"{name} has strides {tensor.stride()} and starts at {tensor.data_ptr():#x}: rows must be "
                 "contiguous and begin at multiples of 16 bytes, call .contiguous()"

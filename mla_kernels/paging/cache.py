@@ -8,15 +8,14 @@ import numpy as np
 import torch
 
 from mla_kernels.arguments import HEAD_DIM
-from mla_kernels.paging.allocator import OutOfPages, PageAllocator, check_positive
+from mla_kernels.paging.allocator import PageAllocator, check_positive
+from mla_kernels.paging.growth import count_each, ids_of_each, plan_growth
 from mla_kernels.paging.prefix import Chain, PrefixCache, count_tokens
-from mla_kernels.paging.slots import Slots, write_latents
+from mla_kernels.paging.rows import SequenceRows
+from mla_kernels.paging.slots import Slots, to_device, write_latents
+from mla_kernels.paging.supply import PageSupply
 from mla_kernels.paging.tables import DeviceTables
 from mla_kernels.paging.usage import Usage, count_waste
-
-
-class OutOfSequences(RuntimeError):
-    """Every row of the tables holds a sequence. Nothing was allocated."""
 
 
 class PagedKVCache:
@@ -72,12 +71,8 @@ class PagedKVCache:
         self.kv_cache = torch.empty(num_pages, page_size, 1, head_dim, dtype=dtype, device=device)
         self._tables = DeviceTables(max_sequences, max_pages_per_sequence, page_size, device)
         self._prefix = PrefixCache(self._allocator, page_size) if prefix_cache else None
-        self._offsets = np.arange(page_size, dtype=np.int32)
-        self._offsets.flags.writeable = False  # slots are views of it
-        self._free_rows = list(range(max_sequences - 1, -1, -1))
-        # An id is its row plus a growing multiple of max_sequences, so that of a freed sequence stays dead.
-        self._next_id = list(range(max_sequences))
-        self._id_of: list[int | None] = [None] * max_sequences
+        self._supply = PageSupply(self._allocator, self._prefix)
+        self._rows = SequenceRows(max_sequences)
         self._chains: list[Chain | None] = [None] * max_sequences
 
     @property
@@ -105,16 +100,16 @@ class PagedKVCache:
         count, ids = count_tokens(tokens)
         with self._lock:
             self._check_length(count)
-            self._check_free_row()
+            self._rows.check_free()
             n = -(-count // self.page_size)
             if self._prefix is None:
-                pages = self._take(n)
+                pages = self._supply.take(n)
             else:
                 chain = Chain(ids)
                 matched = self._prefix.match(chain)
-                self._check_room(n - len(matched), spoken_for=self._prefix.count_idle(matched))
+                self._supply.check_room(n - len(matched), spoken_for=self._prefix.count_idle(matched))
                 self._prefix.acquire(matched)
-                pages = array("i", matched) + self._take(n - len(matched))
+                pages = array("i", matched) + self._supply.take(n - len(matched))
                 if ids is not None:
                     self._prefix.hit_tokens += chain.cached
                     self._prefix.miss_tokens += count - chain.cached
@@ -138,7 +133,7 @@ class PagedKVCache:
         """
         count, ids = count_tokens(tokens)
         with self._lock:
-            row = self._row(seq)
+            row = self._rows.row(seq)
             tables, size = self._tables, self.page_size
             start = tables.lengths[row]
             end = start + count
@@ -147,19 +142,63 @@ class PagedKVCache:
             new = -(-end // size) - held
             last = tables.pages[row * tables.max_pages + held - 1] if fill and count else None
             if last is not None and self._allocator.owners[last] > 1:
-                pages = self._take(1 + new)
+                pages = self._supply.take(1 + new)
                 self._copy_page(last, fill, pages)
                 tables.set_pages(row, held - 1, pages)
-                self._release((last,))
+                self._supply.release((last,))
             else:
                 if new:
-                    tables.set_pages(row, held, self._take(new))
+                    tables.set_pages(row, held, self._supply.take(new))
                 if last is not None and self._prefix is not None:
                     self._prefix.forget(last)  # full before a truncation, and about to become another page
             tables.set_length(row, end)
             if self._prefix is not None:
                 self._chains[row].extend(ids, start)
-            return self._slots(row, start, end)
+            return self._tables.slots(row, start, end)
+
+    def append_batch(
+        self,
+        seqs: Sequence[int],
+        counts: Sequence[int] | np.ndarray | None = None,
+        ids: Sequence[int] | np.ndarray | None = None,
+    ) -> Slots:
+        """``append`` for many sequences, as if for one after another, but for all of them or for none.
+
+        Args:
+            seqs: n sequences, none twice.
+            counts: (n,) tokens of each, >= 0; None: one each, a decode step.
+            ids: (total,) the ids of the new tokens, sequence by sequence, for the prefix cache.
+
+        Returns:
+            The slots of the new tokens, sequence by sequence.
+
+        Raises:
+            OutOfPages: no room for all; nothing changed.
+            TypeError, ValueError: a sequence twice or not alive, counts or ids of another type or number, or
+                a sequence beyond max_pages_per_sequence; nothing changed.
+        """
+        seqs = list(seqs)
+        counts = count_each(counts, len(seqs))
+        known = None if ids is None else ids_of_each(ids, counts)
+        with self._lock:
+            rows, tables = self._rows.distinct_rows(seqs), self._tables
+            self._check_length(int(counts.max(initial=0)))  # so that no sum overflows
+            grown = plan_growth(tables, np.frombuffer(self._allocator.owners, dtype=np.int32), rows, counts)
+            self._check_length(int(grown.ends.max(initial=0)))
+            if total := int(grown.takes.sum()):
+                taken = self._supply.take(total)
+                pages = np.array(taken, dtype=np.int32)
+                if grown.sources:
+                    self._copy_pages(grown.sources, grown.targets(pages), taken)
+                tables.scatter_pages(*grown.cells(), pages)
+                self._supply.release(grown.sources)
+            tables.set_lengths(grown.rows, grown.ends)
+            if self._prefix is not None:
+                for page in grown.continued.tolist():
+                    self._prefix.forget(page)
+                for i, own in enumerate(known or ()):
+                    self._chains[rows[i]].extend(own, int(grown.starts[i]))
+            return grown.slots(tables)
 
     def fork(self, seq: int) -> int:
         """A second sequence with the same tokens in the same pages. O(pages); copies no latent.
@@ -169,8 +208,8 @@ class PagedKVCache:
             ValueError: not a live sequence.
         """
         with self._lock:
-            row = self._row(seq)
-            self._check_free_row()
+            row = self._rows.row(seq)
+            self._rows.check_free()
             pages = self._pages(row)
             self._allocator.share_batch(pages)
             twin = self._occupy_row(pages, self._tables.lengths[row])
@@ -185,7 +224,7 @@ class PagedKVCache:
             ValueError: not a live sequence, or length outside [0, its length].
         """
         with self._lock:
-            row = self._row(seq)
+            row = self._rows.row(seq)
             old = self._tables.lengths[row]
             if not 0 <= length <= old:
                 raise ValueError(f"length is {length}, must be in [0, {old}]: append() adds tokens")
@@ -193,7 +232,7 @@ class PagedKVCache:
             self._tables.set_length(row, length)
             if self._prefix is not None:
                 self._chains[row].truncate(length, self.page_size)
-            self._release(pages[::-1])
+            self._supply.release(pages[::-1])
 
     def free(self, seq: int) -> None:
         """Ends a sequence. Its pages become free, save those of others or of the prefix cache.
@@ -202,13 +241,13 @@ class PagedKVCache:
             ValueError: not a live sequence.
         """
         with self._lock:
-            row = self._row(seq)
+            row = self._rows.row(seq)
             pages = self._pages(row)
             self._tables.set_length(row, 0)
-            self._id_of[row] = self._chains[row] = None
-            self._free_rows.append(row)
+            self._chains[row] = None
+            self._rows.vacate(row)
             # From the end, so that of a cached prompt the tail is evicted first: its head serves more.
-            self._release(pages[::-1])
+            self._supply.release(pages[::-1])
 
     def commit(self, seq: int, written: int | None = None) -> int:
         """Lets others find a sequence's full pages: the latents of its first ``written`` tokens are there.
@@ -226,7 +265,7 @@ class PagedKVCache:
             ValueError: not a live sequence, or written outside [0, its length].
         """
         with self._lock:
-            row = self._row(seq)
+            row = self._rows.row(seq)
             length = self._tables.lengths[row]
             written = length if written is None else written
             if not 0 <= written <= length:
@@ -239,7 +278,7 @@ class PagedKVCache:
             return added
 
     def write(self, slots: Slots, kv_c: torch.Tensor, k_pe: torch.Tensor) -> None:
-        """Puts the latents of n tokens into their slots, by torch's indexed copy on the current stream.
+        """Puts the latents of n tokens into their slots, on the current stream; the host does not wait.
 
         Args:
             slots: of n tokens, from ``append`` or ``slots``.
@@ -262,7 +301,7 @@ class PagedKVCache:
             ValueError: not a live sequence.
         """
         with self._lock:
-            return self._tables.gather([self._row(seq) for seq in seqs])
+            return self._tables.gather(self._rows.rows(seqs))
 
     def sync(self) -> None:
         """Brings ``block_table`` and ``cache_seqlens`` up to date, by two copies at most.
@@ -276,17 +315,17 @@ class PagedKVCache:
     def row(self, seq: int) -> int:
         """The row of ``block_table`` and ``cache_seqlens`` of a live sequence; it keeps it until freed."""
         with self._lock:
-            return self._row(seq)
+            return self._rows.row(seq)
 
     def length(self, seq: int) -> int:
         """Tokens of a live sequence."""
         with self._lock:
-            return self._tables.lengths[self._row(seq)]
+            return self._tables.lengths[self._rows.row(seq)]
 
     def cached_tokens(self, seq: int) -> int:
         """Tokens at the start of a live sequence that its allocation found in the prefix cache."""
         with self._lock:
-            chain = self._chains[self._row(seq)]
+            chain = self._chains[self._rows.row(seq)]
             return 0 if chain is None else chain.cached
 
     def slots(self, seq: int, start: int = 0, stop: int | None = None) -> Slots:
@@ -298,14 +337,14 @@ class PagedKVCache:
             ValueError: not a live sequence, or not 0 <= start <= stop <= its length.
         """
         with self._lock:
-            row = self._row(seq)
+            row = self._rows.row(seq)
             length = self._tables.lengths[row]
             stop = length if stop is None else stop
             if not 0 <= start <= stop <= length:
                 raise ValueError(
                     f"positions {start}, {stop} must be in order, in [0, {length}]: append() first"
                 )
-            return self._slots(row, start, stop)
+            return self._tables.slots(row, start, stop)
 
     def usage(self) -> Usage:
         """Exact counts. O(max_sequences)."""
@@ -320,30 +359,14 @@ class PagedKVCache:
                 pages.shared,
                 pages.idle,
                 count_waste(lengths, self._tables.table, owners, self.page_size),
-                self.max_sequences - len(self._free_rows),
+                self._rows.alive,
                 int(lengths.sum(dtype=np.int64)),
                 *found,
             )
 
-    def _row(self, seq: int) -> int:
-        row = seq % self.max_sequences
-        if self._id_of[row] != seq:
-            raise ValueError(
-                f"sequence {seq} is not alive: pass what allocate() or fork() gave, before free()"
-            )
-        return row
-
-    def _check_free_row(self) -> None:
-        if not self._free_rows:
-            raise OutOfSequences(
-                f"one more sequence asked for, {self.max_sequences} are alive and max_sequences is as many: "
-                "free one, or make the tables larger"
-            )
-
     def _occupy_row(self, pages: array, length: int) -> int:
-        row = self._free_rows.pop()
-        seq = self._id_of[row] = self._next_id[row]
-        self._next_id[row] += self.max_sequences
+        seq = self._rows.occupy()
+        row = seq % self.max_sequences
         self._tables.set_pages(row, 0, pages)
         self._tables.set_length(row, length)
         return seq
@@ -351,15 +374,6 @@ class PagedKVCache:
     def _pages(self, row: int) -> array:
         begin = row * self._tables.max_pages
         return self._tables.pages[begin : begin + -(-self._tables.lengths[row] // self.page_size)]
-
-    def _slots(self, row: int, start: int, stop: int) -> Slots:
-        first, offset = start // self.page_size, start % self.page_size
-        if stop - start == 1:  # a decode step
-            page = self._tables.pages[row * self._tables.max_pages + first]
-            return Slots(np.array((page,), dtype=np.int32), self._offsets[offset : offset + 1])
-        pages = self._tables.table[row, first : -(-stop // self.page_size)].repeat(self.page_size)
-        offsets = np.arange(start, stop, dtype=np.int32) % self.page_size
-        return Slots(pages[offset : offset + stop - start], offsets)
 
     def _check_length(self, length: int) -> None:
         limit = self.max_pages_per_sequence * self.page_size
@@ -369,28 +383,17 @@ class PagedKVCache:
                 "raise max_pages_per_sequence"
             )
 
-    def _check_room(self, n: int, spoken_for: int = 0) -> None:
-        evictable = self._allocator.idle - spoken_for
-        if n > self._allocator.free + evictable:
-            raise OutOfPages(
-                f"{n} pages asked for, {self._allocator.free} of {self._allocator.num_pages} are free and "
-                f"{evictable} evictable: free or truncate sequences, or make the pool larger"
-            )
-
-    def _take(self, n: int) -> array:
-        if n > self._allocator.free:
-            self._check_room(n)
-            self._prefix.evict(n - self._allocator.free)
-        return self._allocator.allocate_batch(n)
-
-    def _release(self, pages) -> None:
-        kept = self._allocator.release_batch(pages)
-        if kept:
-            self._prefix.retire(kept)
-
     def _copy_page(self, source: int, fill: int, pages: array) -> None:
         try:
             self.kv_cache[pages[0], :fill] = self.kv_cache[source, :fill]
         except BaseException:
             self._allocator.release_batch(pages)
+            raise
+
+    def _copy_pages(self, sources: list[int], targets: np.ndarray, taken: array) -> None:
+        try:
+            index = to_device(np.array([sources, targets], dtype=np.int64), self.kv_cache.device)
+            self.kv_cache.index_copy_(0, index[1], self.kv_cache.index_select(0, index[0]))
+        except BaseException:
+            self._allocator.release_batch(taken)
             raise

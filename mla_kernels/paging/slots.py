@@ -5,8 +5,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from mla_kernels.append import APPEND, mla_append
+from mla_kernels.append import APPEND, mla_append, takes_rows
 from mla_kernels.arguments import HEAD_DIM
+
+CONTIGUOUS = torch.contiguous_format
 
 
 class Slots(NamedTuple):
@@ -16,8 +18,28 @@ class Slots(NamedTuple):
     offsets: np.ndarray
 
 
+def to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Host numbers on the device, on the current stream. Through pinned memory, so that nobody waits."""
+    tensor = torch.from_numpy(values)
+    if device.type == "cuda" and len(values):  # pinned memory is given away again only after the copy
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def slot_mapping(slots: Slots, page_size: int, device: torch.device) -> torch.Tensor:
+    """(n,) int64 on the device, page * page_size + offset: as ``mla_append`` wants slots.
+
+    The host does not wait for the copy. It is no part of a CUDA graph: a captured ``mla_append`` reads a
+    tensor that stays, into which this one is copied before each replay.
+    """
+    return to_device(slots.pages.astype(np.int64) * page_size + slots.offsets, device)
+
+
 def write_latents(kv_cache: torch.Tensor, slots: Slots, kv_c: torch.Tensor, k_pe: torch.Tensor) -> None:
-    """Puts the latents of n tokens into their slots, on the current stream: by ``mla_append`` where it can.
+    """Puts the latents of n tokens into their slots, on the current stream.
+
+    On CUDA by ``mla_append``, if the pool is one that it takes, else by torch's indexed copy. The host does
+    not wait for either. Slots are read now: this is not for a graph capture.
 
     Args:
         kv_cache: (num_pages, page_size, 1, latent + rope), the pool.
@@ -56,9 +78,10 @@ def write_latents(kv_cache: torch.Tensor, slots: Slots, kv_c: torch.Tensor, k_pe
         and (kv_c.shape[1], head_dim) == (512, HEAD_DIM)
         and not page_size & (page_size - 1)
     ):
-        slot_mapping = torch.from_numpy(index[0] * page_size + index[1]).to(kv_cache.device)
-        mla_append(kv_cache, slot_mapping, kv_c.contiguous(), k_pe.contiguous())
+        mapping = slot_mapping(slots, page_size, kv_cache.device)
+        parts = (part if takes_rows(part) else part.clone(memory_format=CONTIGUOUS) for part in (kv_c, k_pe))
+        mla_append(kv_cache, mapping, *parts)
         return
-    page, offset = torch.from_numpy(index).to(kv_cache.device)
+    page, offset = to_device(index, kv_cache.device)
     kv_cache[page, offset, 0, : kv_c.shape[1]] = kv_c
     kv_cache[page, offset, 0, kv_c.shape[1] :] = k_pe

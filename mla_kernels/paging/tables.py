@@ -5,6 +5,8 @@ from array import array
 import numpy as np
 import torch
 
+from mla_kernels.paging.slots import Slots
+
 
 class DeviceTables:
     """A row of page ids and a length for each of ``max_sequences`` rows.
@@ -17,6 +19,7 @@ class DeviceTables:
     Attributes:
         block_table: (max_sequences, max_pages) int32 on ``device``, as of the last ``sync``.
         cache_seqlens: (max_sequences,) int32 on ``device``, as of the last ``sync``.
+        max_pages, page_size: columns of a row, tokens of a page.
         pages: array('i'), the mirror of block_table, row-major: for single reads.
         lengths: array('i'), the mirror of cache_seqlens: for single reads.
         table, seqlens: the same memory as numpy arrays, for whole rows.
@@ -24,7 +27,7 @@ class DeviceTables:
 
     def __init__(self, max_sequences: int, max_pages: int, page_size: int, device: torch.device):
         self.max_pages = max_pages
-        self._page_size = page_size
+        self.page_size = page_size
         self._device = device
         self.pages = array("i", bytes(4 * max_sequences * max_pages))
         self.lengths = array("i", bytes(4 * max_sequences))
@@ -32,6 +35,8 @@ class DeviceTables:
         self.seqlens = np.frombuffer(self.lengths, dtype=np.int32)
         self.block_table = torch.zeros(max_sequences, max_pages, dtype=torch.int32, device=device)
         self.cache_seqlens = torch.zeros(max_sequences, dtype=torch.int32, device=device)
+        self._offsets = np.arange(page_size, dtype=np.int32)
+        self._offsets.flags.writeable = False  # slots are views of it
         self._stale_rows: set[int] = set()
         self._stale_lengths = False
         self._buffer = torch.empty(0, dtype=torch.int32)
@@ -46,6 +51,25 @@ class DeviceTables:
         if pages:  # an empty slice counts as a resize, which the numpy view forbids
             self.pages[begin : begin + len(pages)] = pages
             self._stale_rows.add(row)
+
+    def set_lengths(self, rows: np.ndarray, lengths: np.ndarray) -> None:
+        self.seqlens[rows] = lengths
+        self._stale_lengths = True
+
+    def scatter_pages(self, rows: np.ndarray, columns: np.ndarray, pages: np.ndarray) -> None:
+        """pages[i] becomes the page of rows[i] in column columns[i]."""
+        self.table[rows, columns] = pages
+        self._stale_rows.update(rows.tolist())
+
+    def slots(self, row: int, start: int, stop: int) -> Slots:
+        """Slots of the tokens at positions start .. stop - 1 of the sequence in a row."""
+        first, offset = start // self.page_size, start % self.page_size
+        if stop - start == 1:  # a decode step
+            page = self.pages[row * self.max_pages + first]
+            return Slots(np.array((page,), dtype=np.int32), self._offsets[offset : offset + 1])
+        pages = self.table[row, first : -(-stop // self.page_size)].repeat(self.page_size)
+        offsets = np.arange(start, stop, dtype=np.int32) % self.page_size
+        return Slots(pages[offset : offset + stop - start], offsets)
 
     def sync(self) -> None:
         """Two copies at most: the lengths, and the span of rows that changed; none if nothing did."""
@@ -67,7 +91,7 @@ class DeviceTables:
         """(block_table (n, width), cache_seqlens (n,)) of n rows in this order: new tensors, one copy."""
         index = np.array(rows, dtype=np.intp)
         lengths = self.seqlens[index]
-        columns = -(-int(lengths.max(initial=1)) // self._page_size)
+        columns = -(-int(lengths.max(initial=1)) // self.page_size)
         # A power of two: an operator that plans by shape meets few. Entries past a length are not read.
         width = min(self.max_pages, 1 << (columns - 1).bit_length())
         begin = -(-len(rows) // 4) * 4  # the table starts at a multiple of 16 bytes

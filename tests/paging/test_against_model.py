@@ -1,11 +1,15 @@
 """PagedKVCache against a plain model of it, step by step: pages, contents, eviction order and accounts.
 
 The model knows no page numbers, hashes or tables: a page is an object with a list of numbers. With
-MLA_KERNELS_LONG_TESTS=1 the machine takes a million steps.
+MLA_KERNELS_LONG_TESTS=1 the machine does over a million operations, counted (``pytest -s`` shows the counts).
 """
 
 import os
+from collections import Counter
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import accumulate
 
 import pytest
 import torch
@@ -13,10 +17,12 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from mla_kernels.paging import OutOfPages, OutOfSequences, PagedKVCache
+from mla_kernels.paging import OutOfPages, OutOfSequences, PagedKVCache, Slots
 
 PAGES, SIZE, ROWS, WIDTH = 12, 3, 5, 6
 LONG = os.environ.get("MLA_KERNELS_LONG_TESTS") == "1"
+CHANGES = ("allocate", "append", "append_batch", "fork", "free")  # what the issue's million is of
+DONE: Counter[str] = Counter()  # operations by name, refused ones apart
 
 
 @dataclass(eq=False)
@@ -100,6 +106,16 @@ class Model:
             sequence.ids += ids
         sequence.length = end
 
+    def append_batch(self, seqs, counts, ids):
+        """One after another, or none: the model is put back as it was if there is no room for one."""
+        before = deepcopy(self.__dict__)
+        try:
+            for seq, count, own in zip(seqs, counts, ids, strict=True):
+                self.append(self.sequences[seq], count, own)
+        except OutOfPages:
+            self.__dict__ = before
+            raise
+
     def truncate(self, sequence, length):
         keep = -(-length // SIZE)
         self.give_up(sequence.pages[keep:])
@@ -158,7 +174,7 @@ class PagedKVCacheMachine(RuleBasedStateMachine):
     def any_sequence(self, data):
         return data.draw(st.sampled_from(sorted(self.model.sequences)), label="sequence")
 
-    def attempt(self, in_cache, in_model, too_long=False, full=False):
+    def attempt(self, name, in_cache, in_model, too_long=False, full=False):
         """Both do it, or neither can: the cache then is as it was."""
         before = snapshot(self.cache)
         try:
@@ -169,7 +185,9 @@ class PagedKVCacheMachine(RuleBasedStateMachine):
             with pytest.raises(type(error)):
                 in_cache()
             assert snapshot(self.cache) == before
+            DONE[f"{name}, refused"] += 1
             return None
+        DONE[name] += 1
         return in_cache(), expected
 
     def fill(self, seq, slots, start):
@@ -185,6 +203,7 @@ class PagedKVCacheMachine(RuleBasedStateMachine):
     def allocate(self, tokens, commit):
         count, ids = (tokens, None) if isinstance(tokens, int) else (len(tokens), tokens)
         done = self.attempt(
+            "allocate",
             lambda: self.cache.allocate(tokens),
             lambda: self.model.allocate(count, ids),
             too_long=count > WIDTH * SIZE,
@@ -206,6 +225,7 @@ class PagedKVCacheMachine(RuleBasedStateMachine):
         count, ids = (tokens, None) if isinstance(tokens, int) else (len(tokens), tokens)
         start = sequence.length
         done = self.attempt(
+            "append",
             lambda: self.cache.append(seq, tokens),
             lambda: self.model.append(sequence, count, ids),
             too_long=start + count > WIDTH * SIZE,
@@ -216,12 +236,39 @@ class PagedKVCacheMachine(RuleBasedStateMachine):
                 self.commit_all(seq)
 
     @precondition(lambda self: self.model.sequences)
+    @rule(data=st.data(), decode=st.booleans(), with_ids=st.booleans(), commit=st.booleans())
+    def append_batch(self, data, decode, with_ids, commit):
+        """Any of the sequences, in any order; forks of one page may be among them."""
+        alive = st.lists(st.sampled_from(sorted(self.model.sequences)), unique=True, max_size=ROWS)
+        seqs = data.draw(alive, label="sequences")
+        draw_list = partial(st.lists, min_size=len(seqs), max_size=len(seqs))
+        counts = [1] * len(seqs) if decode else data.draw(draw_list(st.integers(0, 4)), label="counts")
+        ids = [[data.draw(st.integers(0, 1)) for _ in range(n)] if with_ids else None for n in counts]
+        starts = [self.model.sequences[seq].length for seq in seqs]
+        flat = [token for own in ids for token in own] if with_ids else None
+        done = self.attempt(
+            "append_batch",
+            lambda: self.cache.append_batch(seqs, None if decode else counts, flat),
+            lambda: self.model.append_batch(seqs, counts, ids),
+            too_long=any(start + n > WIDTH * SIZE for start, n in zip(starts, counts, strict=True)),
+        )
+        if done:
+            stops = list(accumulate(counts))
+            for seq, n, stop, start in zip(seqs, counts, stops, starts, strict=True):
+                own = Slots(done[0].pages[stop - n : stop], done[0].offsets[stop - n : stop])
+                assert own.pages.tolist() == self.cache.slots(seq, start).pages.tolist()
+                assert own.offsets.tolist() == self.cache.slots(seq, start).offsets.tolist()
+                self.fill(seq, own, start)
+                if commit:
+                    self.commit_all(seq)
+
+    @precondition(lambda self: self.model.sequences)
     @rule(data=st.data())
     def fork(self, data):
         seq = self.any_sequence(data)
         sequence = self.model.sequences[seq]
         full = len(self.model.sequences) == ROWS
-        done = self.attempt(lambda: self.cache.fork(seq), lambda: None, full=full)
+        done = self.attempt("fork", lambda: self.cache.fork(seq), lambda: None, full=full)
         if done:
             for page in sequence.pages:
                 page.owners += 1
@@ -235,6 +282,7 @@ class PagedKVCacheMachine(RuleBasedStateMachine):
         sequence = self.model.sequences[seq]
         length = data.draw(st.integers(0, sequence.length + 1), label="length")
         self.attempt(
+            "truncate",
             lambda: self.cache.truncate(seq, length),
             lambda: self.model.truncate(sequence, length),
             too_long=length > sequence.length,
@@ -257,10 +305,11 @@ class PagedKVCacheMachine(RuleBasedStateMachine):
     def free(self, data, again):
         seq = self.any_sequence(data)
         self.cache.free(seq)
+        DONE["free"] += 1
         self.model.give_up(self.model.sequences.pop(seq).pages)
         self.dead.append(seq)
         if again:
-            self.attempt(lambda: self.cache.free(seq), None, too_long=True)
+            self.attempt("free again", lambda: self.cache.free(seq), None, too_long=True)
 
     @invariant()
     def agrees_with_the_model(self):
@@ -316,12 +365,24 @@ class PagedKVCacheMachine(RuleBasedStateMachine):
             assert len(self.cache._prefix._idle) == usage.cached
 
 
-TestPagedKVCache = PagedKVCacheMachine.TestCase
-TestPagedKVCache.settings = settings(
-    max_examples=25_000 if LONG else 200,
-    stateful_step_count=50,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
-)
+class TestPagedKVCache(PagedKVCacheMachine.TestCase):
+    settings = settings(
+        max_examples=45_000 if LONG else 200,
+        stateful_step_count=50,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+    )
+
+    def runTest(self):
+        DONE.clear()
+        super().runTest()
+        refused = sum(DONE[f"{name}, refused"] for name in CHANGES)
+        changes = sum(DONE[name] for name in CHANGES) + refused
+        print(f"{changes:,} operations, {refused:,} of them refused: {dict(DONE.most_common())}")
+        assert all(DONE[name] for name in CHANGES)
+        assert DONE["append_batch, refused"], "the pool never ran out: all-or-nothing was not tried"
+        assert not LONG or changes > 1_000_000
+
+
 if LONG:
     TestPagedKVCache = pytest.mark.timeout(0)(TestPagedKVCache)
