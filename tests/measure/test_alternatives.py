@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from mla_kernels.measure import points
+from mla_kernels.measure import alternatives, points
 from mla_kernels.measure.alternatives import ALTERNATIVES
 from mla_kernels.measure.experiments import varlen
-from mla_kernels.measure.records import ALTERNATIVE
+from mla_kernels.measure.peers import PEERS
+from mla_kernels.measure.records import ALTERNATIVE, PEER
 from mla_kernels.measure.workloads import explicit, materialize, spread_evenly
 from mla_kernels.reference import mla_decode_reference
 
@@ -22,6 +23,36 @@ def test_the_result_is_that_of_the_unpadded_sequences(name):
         assert lse is None
         error = (out.double() - expected).norm() / expected.norm()
         assert error < 8e-3
+
+
+@pytest.fixture
+def decode_by_reference(monkeypatch):
+    """The kernel needs a GPU: the fp64 reference in its place shows what the alternatives ask of it."""
+
+    def decode(q, kv_cache, block_table, cache_seqlens, *, causal, out):
+        result, lse = mla_decode_reference(q, kv_cache, block_table, cache_seqlens, causal=causal)
+        return out.copy_(result), lse.float()
+
+    monkeypatch.setattr(alternatives, "mla_decode", decode)
+
+
+def test_one_call_a_sequence_is_the_decode_of_the_batch(decode_by_reference):
+    inputs = materialize(explicit([70, 0, 130, 1], h_q=4), device="cpu", sets=2)  # NaN where nothing may read
+    bound = points.bind("alternative:kernel_loop", inputs)
+    assert len(bound.calls) == len(inputs.block_tables) == 2
+    assert points.check(inputs, bound, seed=0).excess("bf16") is None
+
+
+def test_the_padded_kernel_is_held_to_the_padded_lengths(decode_by_reference):
+    lengths = [70, 0, 130]
+    inputs = materialize(explicit(lengths, h_q=4), device="cpu", sets=2)
+    bound = points.bind("alternative:padded_kernel", inputs)
+    assert points.check(inputs, bound, seed=0).excess("bf16") is None
+
+    _, lse = bound.oracle(0, torch.arange(3))
+    _, own = mla_decode_reference(inputs.q, inputs.kv_cache, inputs.block_tables[0], inputs.cache_seqlens)
+    zeros = torch.tensor([[max(lengths) - length] for length in lengths]).log()  # exp(0) for each of them
+    assert torch.allclose(lse[..., 0], torch.logaddexp(own[..., 0], zeros.double()))
 
 
 def test_an_unknown_one_is_refused():
@@ -42,9 +73,9 @@ def test_every_batch_that_differs_has_its_even_one(scope):
     steps = list(varlen.steps(scope))
     even = {step.workload for step in steps if len(step.implementations) == 1}
     together = [step for step in steps if len(step.implementations) > 1]
-    assert {name for step in together for name in step.implementations[1:]} == {
-        ALTERNATIVE + name for name in ALTERNATIVES
-    }
+    beside = {ALTERNATIVE + name for name in ALTERNATIVES} | {PEER + "flash_mla", PEER + "fa3"}
+    assert all(set(step.implementations[1:]) == beside for step in together)
+    assert {name.removeprefix(PEER) for name in varlen.BESIDE} <= PEERS.keys()
     assert all(spread_evenly(s.workload) in even for s in together if len(set(s.workload.lengths)) > 1)
     listed = {step.workload.lengths for step in together}
     assert set(varlen.CHAPTER_BATCHES) <= listed

@@ -2,7 +2,8 @@
 
 The chapter's three batches, its log-normal lengths (mean 2048, standard deviation 1024), and other spreads.
 Beside the kernel at each: padded to the longest, or one sequence after the other, in PyTorch and by the
-kernel; and the same tokens spread evenly.
+kernel; two public kernels that take lengths as they are, where ``make peers`` has fetched them; and the same
+tokens spread evenly.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from ..alternatives import ALTERNATIVES
 from ..experiment import SEED, Progress, run_steps
 from ..figures import DECODE
 from ..points import Step
-from ..records import ALTERNATIVE, Record, Workload
+from ..records import ALTERNATIVE, PEER, Record, Workload
 from ..workloads import explicit, lognormal, normal, spread_evenly
 
 HEADS = (16, 128)
@@ -25,6 +26,7 @@ MEAN, SD, CHAPTER_SIZES = 2048, 1024, (4, 8, 16)
 LARGER_SIZES = (64, 128)
 SPREAD_SIZE, LONGEST, ZIPF_EXPONENT = 64, 8192, 1.1
 ALL = tuple(ALTERNATIVE + name for name in ALTERNATIVES)
+BESIDE = (PEER + "flash_mla", PEER + "fa3")
 
 
 def zipf(b: int, seed: int, **axes) -> Workload:
@@ -61,8 +63,8 @@ def steps(scope: str) -> Iterator[Step]:
     """``scope`` "full", or "live" for a run beside a notebook."""
     for h_q in HEADS:
         for _, workload in workloads(h_q, scope):
-            # zeros in the padding, which some alternatives multiply
-            yield Step(workload, (DECODE, *ALL), poison=False, host=True)
+            # zeros in the padding, which some alternatives and peers multiply
+            yield Step(workload, (DECODE, *ALL, *BESIDE), poison=False, host=True)
             if len(set(workload.lengths)) > 1:
                 yield Step(spread_evenly(workload), (DECODE,), poison=False)
 
