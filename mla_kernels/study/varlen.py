@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
+
 import numpy as np
 import pandas as pd
 
 from mla_kernels.measure import figures
-from mla_kernels.measure.records import ALTERNATIVE, Record, Workload
+from mla_kernels.measure.experiments import varlen as experiment
+from mla_kernels.measure.records import ALTERNATIVE, PEER, Record, Workload
 from mla_kernels.measure.workloads import spread_evenly
 
 from . import style
-from .definitions_of_sequences import varied
+from .definitions_of_sequences import speedup, varied
 
 NAMES = {
     "padded": "PyTorch, padded and masked",
@@ -18,7 +22,16 @@ NAMES = {
     "padded_kernel": "this kernel, padded",
     "kernel_loop": "this kernel, one by one",
 }
+TRADITIONAL = ("padded", "loop")
 KINDS = ("explicit", "lognormal", "normal")
+PAGE = 64
+
+
+@functools.cache
+def _drawn() -> dict[tuple[int, ...], str]:
+    """Name of each list of lengths that the experiment draws by itself (a record calls them explicit)."""
+    every = experiment.workloads(experiment.HEADS[0], "full")
+    return {w.lengths: what for what, w in every if w.lengths_kind == "explicit" and w.b > 8}
 
 
 def in_words(workload: Workload) -> str:
@@ -30,7 +43,7 @@ def in_words(workload: Workload) -> str:
         return f"{workload.b} × {lengths[0]}"
     if workload.b <= 8:
         return f"{min(lengths)} … {max(lengths)}, b {workload.b}"
-    return f"listed, mean {np.mean(lengths):.0f}, b {workload.b}"
+    return f"{_drawn().get(lengths, 'listed')}, mean {np.mean(lengths):.0f}, b {workload.b}"
 
 
 def table(record: Record) -> pd.DataFrame:
@@ -52,6 +65,50 @@ def table(record: Record) -> pd.DataFrame:
         row["penalty"] = point.per_call_us / evenly.per_call_us - 1 if evenly else np.nan
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def against_chapter(record: Record, said: Mapping[str, tuple[float, float, float]]) -> pd.DataFrame:
+    """One row for each of the chapter's batches and number of heads: what it says, and what was measured.
+
+    ``said``: by batch as ``in_words`` has it, its time in ms, its speed over "traditional" handling and its
+    "memory efficiency". GB/s: the bytes of the cache over a time. "filled": tokens over what pages of 64, or
+    padding to the longest, hold.
+    """
+    rows = []
+    for point in varied(record, "explicit"):
+        w = point.workload
+        if (name := in_words(w)) not in said:
+            continue
+        ms, ratio, memory = said[name]
+        tokens, pages = sum(w.lengths), sum(-(-length // PAGE) for length in w.lengths)
+        rows.append(
+            {
+                "batch": name,
+                "h_q": w.h_q,
+                "its ms": ms,
+                "ms": point.per_call_us / 1e3,
+                "its GB/s": figures.kv_bytes(w) / ms / 1e6,
+                "GB/s": figures.kv_bytes(w) / point.per_call_us / 1e3,
+                "its speed-up": ratio,
+                "speed-up": speedup(record, point, *TRADITIONAL),
+                "its memory": memory,
+                "filled, pages": tokens / (pages * PAGE),
+                "filled, padded": tokens / (w.b * max(w.lengths)),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def against_peers(record: Record) -> pd.DataFrame:
+    """One row for each batch and peer timed beside ours: µs, and our speed over the peer's. May be empty."""
+    rows = []
+    for point in varied(record, *KINDS):
+        for name in experiment.BESIDE:
+            if other := figures.counterpart(record, point, name):
+                row = {"batch": in_words(point.workload), "h_q": point.workload.h_q, "us": point.per_call_us}
+                row |= {"peer": style.LABELS[name], "its us": other.per_call_us}
+                rows.append(row | {"ratio": figures.speed_ratio(point, other)})
+    return pd.DataFrame(rows, columns=["batch", "h_q", "us", "peer", "its us", "ratio"])
 
 
 def plot_speedups(record: Record) -> pd.DataFrame:
@@ -89,7 +146,7 @@ def plot_padding(record: Record) -> pd.DataFrame:
     axes.set(
         xlabel="longest over mean length",
         ylabel="padded time over unpadded",
-        title="Padding costs most of its tokens",
+        title="Padding costs at most the tokens that it adds",
     )
     axes.legend()
     style.show(figure, record)
@@ -98,15 +155,17 @@ def plot_padding(record: Record) -> pd.DataFrame:
 
 def plot_batches(record: Record) -> pd.DataFrame:
     """The lengths of each batch, longest first: what is above a curve is padding."""
-    figure, axes = style.new_figure(width=8.0)
+    figure, axes = style.new_figure(width=9.5)
     rows, seen = [], set()
+    palette, dashes = style.sns.color_palette("colorblind", 6), ("-", "--")
     for point in varied(record, *KINDS):
         w = point.workload
         if (name := in_words(w)) in seen:
             continue
+        look = {"color": palette[len(seen) % 6], "linestyle": dashes[len(seen) // 6 % 2], "linewidth": 1.3}
         seen.add(name)
         ordered = np.sort(w.lengths)[::-1] / max(w.lengths)
-        axes.step(np.linspace(0, 1, w.b, endpoint=False), ordered, where="post", label=name, linewidth=1.3)
+        axes.stairs(ordered, np.linspace(0, 1, w.b + 1), baseline=None, label=name, **look)
         rows.append({"batch": name, "b": w.b, "mean": np.mean(w.lengths), "filled": ordered.mean()})
     axes.set(
         xlabel="share of the batch, longest first",
@@ -115,7 +174,7 @@ def plot_batches(record: Record) -> pd.DataFrame:
         ylim=(0, 1.05),
         title="What padding would fill",
     )
-    axes.legend(fontsize=7, ncols=2)
+    figure.legend(fontsize=8, loc="outside right center")
     style.show(figure, record)
     return pd.DataFrame(rows)
 
@@ -136,10 +195,12 @@ def plot_penalty(record: Record) -> pd.DataFrame:
 
 
 def host_times(record: Record) -> pd.DataFrame:
-    """Host time of one eager decode of the batch in µs, by batch and way."""
+    """Host time of one eager decode of the batch in µs, by batch and way. Peers are left to their study."""
     rows = []
     for point in record.points:
-        us = figures.host_us(point) if point.status == "ok" else None
+        if point.status != "ok" or point.implementation.startswith(PEER):
+            continue
+        us = figures.host_us(point)
         if us is not None and point.mode == "burst":
             way = point.implementation.removeprefix(ALTERNATIVE)
             rows.append({"b": point.workload.b, "h_q": point.workload.h_q, "way": way, "host_us": us})
