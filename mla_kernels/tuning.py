@@ -229,8 +229,8 @@ class DecodeTuning:
 
         With 64 rows the scores have none to give while they hold queries. Then most queries go back to shared
         memory, and the ring is half a tile shorter. By itself that costs 13 to 15 % where compute binds
-        (data/h200/tuning.json, ``group_slots=4,register_steps=4``); such pages lose 42 to 59 % there (paging.json,
-        h_q 128, one H100), and the rest is not explained yet.
+        (data/h200/tuning.json, ``group_slots=4,register_steps=4``). Such pages lose 42 to 59 % there
+        (paging.json, one H100, h_q 128): the rest is not explained yet.
         """
         if pages not in PRODUCER_REGISTERS:
             return self
