@@ -1,5 +1,7 @@
 """What MLA decode computes, in fp64: the oracle of every test and record. Read this before any kernel.
 
+(And what appending to the cache computes: ``mla_append_reference``.)
+
 Multi-head Latent Attention (DeepSeek-V2, section 2.1) caches one line per token instead of keys and
 values per head:
 
@@ -141,6 +143,55 @@ def merge_partials_reference(outs: torch.Tensor, lses: torch.Tensor) -> tuple[to
     lse = lses.logsumexp(0)
     weight = (lses - lse.masked_fill(lse == float("-inf"), 0)).exp()  # (n, b, h_q, s_q)
     return (weight.transpose(2, 3)[..., None] * outs.double()).sum(0), lse
+
+
+def mla_append_reference(
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    kv_c: torch.Tensor,
+    k_pe: torch.Tensor,
+    *,
+    norm_weight: torch.Tensor | None = None,
+    norm_eps: float = 1e-6,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+    interleaved: bool = True,
+) -> torch.Tensor:
+    """What a pool holds after ``mla_append``, in fp64; the pool itself stays as it is.
+
+        latent = kv_c / sqrt(mean(kv_c ** 2) + norm_eps) * norm_weight
+        rope_a + i rope_b = (k_pe_a + i k_pe_b) * (cos + i sin)[position]      for 32 pairs (a, b) of columns
+
+    The pairs are (2 j, 2 j + 1) if interleaved, else (j, j + 32).
+
+    Args:
+        kv_cache: (num_pages, page_size, 1, 576) or (num_pages, page_size, 576), of any float dtype.
+        slot_mapping: (n,) integer, page * page_size + line; a token of a slot outside the pool is dropped.
+        kv_c, k_pe: (n, 512), (n, 64), of any float dtype.
+        norm_weight: (512,); None: no norm.
+        norm_eps: added to the mean square.
+        cos, sin: (max_positions, 32); None: no rotation.
+        positions: (n,) integer; one outside [0, max_positions) gives a NaN rotary part.
+        interleaved: how columns pair up.
+
+    Returns:
+        (num_pages, page_size, 576) fp64.
+    """
+    pool = kv_cache.flatten(2).to(torch.float64, copy=True)
+    latent, rope = kv_c.double(), k_pe.double()
+    if norm_weight is not None:
+        latent = latent / (latent.square().mean(1, keepdim=True) + norm_eps).sqrt() * norm_weight.double()
+    if cos is not None:
+        known = (positions >= 0) & (positions < len(cos))
+        turn = torch.complex(cos.double(), sin.double())[positions.where(known, 0)]  # (n, 32)
+        pairs = rope.unflatten(1, (32, 2)) if interleaved else rope.unflatten(1, (2, 32)).mT
+        turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turn)  # (n, 32, 2)
+        rope = (turned if interleaved else turned.mT).flatten(1)
+        rope = rope.masked_fill(~known[:, None], float("nan"))
+    inside = (slot_mapping >= 0) & (slot_mapping < pool.shape[0] * pool.shape[1])
+    pool.flatten(0, 1)[slot_mapping[inside]] = torch.cat([latent, rope], 1)[inside]
+    return pool
 
 
 def _chunks_by_length(lengths: torch.Tensor, bytes_per_token: int) -> Iterator[tuple[torch.Tensor, int]]:

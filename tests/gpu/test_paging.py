@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from mla_kernels import PagedKVCache, mla_decode
-from mla_kernels.reference import mla_decode_reference
+from mla_kernels import PagedKVCache, mla_append, mla_decode
+from mla_kernels.paging import slot_mapping
+from mla_kernels.reference import mla_append_reference, mla_decode_reference
 from tests.gpu.cases import ErrorLog
 
 HEADS = 16
@@ -34,6 +35,14 @@ class Plain:
         new = self._draw(n)
         self._write(self.cache.append(sequence, n), new)
         self.lines[sequence] = torch.cat([self.lines[sequence], new])
+
+    def append_batch(self, sequences: list[int], counts: list[int] | None = None) -> None:
+        slots = self.cache.append_batch(sequences, counts)
+        new = self._draw(len(slots.pages))
+        self._write(slots, new)
+        parts = new.split(counts or [1] * len(sequences))
+        for sequence, own in zip(sequences, parts, strict=True):
+            self.lines[sequence] = torch.cat([self.lines[sequence], own])
 
     def fork(self, sequence: int) -> int:
         other = self.cache.fork(sequence)
@@ -74,6 +83,102 @@ def test_forks_that_grow_apart(page_size, worst):
     plain.cache.free(first)
     third = plain.allocate(50)  # into the pages that came free
     plain.check(log, "freed", [third, second])
+    log.check(worst)
+
+
+@pytest.mark.parametrize("page_size", [1, 16, 64, 256])
+def test_batches_of_forks_and_others(page_size, worst):
+    plain, log = Plain(page_size), ErrorLog(torch.bfloat16)
+    first, other = plain.allocate(75), plain.allocate(64)
+    sequences = [other, first, plain.fork(first), plain.fork(first)]
+    plain.append_batch(sequences)  # two of the three copy the page, if it has room
+    plain.check(log, "a token each", sequences)
+    plain.append_batch(sequences[::-1], [5, 0, 17, 1])
+    plain.check(log, "counts", sequences)
+    twins = [plain.fork(sequence) for sequence in sequences]
+    plain.append_batch(twins)
+    plain.check(log, "every one copied", sequences + twins)
+    log.check(worst)
+
+
+def test_pages_past_two_to_the_31_elements_are_copied():
+    cache = PagedKVCache(60_000, 64, max_pages_per_sequence=60_000, max_sequences=4)
+    cache.allocate(59_990 * 64)
+    first = cache.allocate(10)
+    assert cache.slots(first).pages[0] * 64 * 576 > 2**31
+    lines = torch.randn(10, 576, generator=torch.Generator("cuda").manual_seed(0), device="cuda").bfloat16()
+    cache.write(cache.slots(first), lines[:, :512], lines[:, 512:])
+    forks = [first, cache.fork(first), cache.fork(first)]
+    cache.append_batch(forks)
+    pages = [int(cache.slots(fork).pages[0]) for fork in forks]
+    assert len(set(pages)) == 3
+    for page in pages:
+        assert torch.equal(cache.kv_cache[page, :10, 0], lines)
+
+
+def test_a_decode_step_waits_for_nothing():
+    """No append, write, table or copy-on-write makes the host wait for the GPU."""
+    plain = Plain(16)
+    sequences = [plain.allocate(n) for n in (20, 33, 48)]
+    sequences.append(plain.fork(sequences[0]))
+    plain.append_batch(sequences)  # the kernels are loaded, and pinned memory is there
+    sequences.append(plain.fork(sequences[1]))
+    lines = plain._draw(len(sequences))
+    torch.cuda.synchronize()
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        slots = plain.cache.append_batch(sequences)
+        plain.cache.write(slots, lines[:, :512], lines[:, 512:])
+        plain.cache.write(plain.cache.append(sequences[0], 1), lines[:1, :512], lines[:1, 512:])
+        plain.cache.tables(sequences)
+        plain.cache.sync()
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    with pytest.raises(RuntimeError, match="synchroniz"):  # this test's own eyes
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            lines[0, 0].item()
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+
+
+def test_one_graph_appends_and_decodes(worst):
+    """A whole decode step captured: RMSNorm, RoPE, append to the slots that each replay is told, decode."""
+    plain, log = Plain(64), ErrorLog(torch.bfloat16)
+    sequences = [plain.allocate(n) for n in (70, 3, 640)]
+    sequences.append(plain.fork(sequences[0]))
+    n, rows = len(sequences), len(plain.cache.cache_seqlens)
+    angles = torch.rand(1000, 32, generator=plain.generator, device="cuda") * 6.28
+    options = {"norm_weight": plain._draw(1)[0, :512].clone(), "cos": angles.cos(), "sin": angles.sin()}
+    options["positions"] = torch.zeros(n, dtype=torch.int64, device="cuda")
+    mapping = torch.full((n,), -1, dtype=torch.int64, device="cuda")  # writes nothing yet
+    new = plain._draw(n)
+    q = torch.randn(rows, 1, HEADS, 576, generator=plain.generator, device="cuda").bfloat16()
+    plain.cache.sync()
+    appended = (mapping, new[:, :512], new[:, 512:])
+    decoded = (q, plain.cache.kv_cache, plain.cache.block_table, plain.cache.cache_seqlens)
+    mla_append(plain.cache.kv_cache, *appended, **options)
+    mla_decode(*decoded)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        mla_append(plain.cache.kv_cache, *appended, **options)
+        out, lse = mla_decode(*decoded)
+    one_page = torch.zeros(1, n, 576, dtype=torch.bfloat16, device="cuda")
+    for step in range(70):
+        lengths = [plain.cache.length(sequence) for sequence in sequences]
+        mapping.copy_(slot_mapping(plain.cache.append_batch(sequences), 64, mapping.device))
+        options["positions"].copy_(torch.tensor(lengths, device="cuda"))
+        new.copy_(plain._draw(n))
+        plain.cache.sync()
+        graph.replay()
+        own = torch.arange(n, device="cuda")
+        lines = mla_append_reference(one_page, own, *appended[1:], **options)[0].bfloat16()
+        for sequence, line in zip(sequences, lines, strict=True):
+            plain.lines[sequence] = torch.cat([plain.lines[sequence], line[None]])
+        if step % 23 == 0:
+            index = [plain.cache.row(sequence) for sequence in sequences]
+            plain.against_plain(log, f"step {step}", sequences, q[index], out[index], lse[index])
     log.check(worst)
 
 

@@ -143,6 +143,17 @@ def test_a_page_that_is_written_again_is_not_found():
     assert cache.cached_tokens(cache.allocate([1, 2, 3, 4])) == 0
 
 
+def test_nor_is_one_beside_a_copy_or_the_last_of_its_forks():
+    cache = small_cache(prefix_cache=True, max_sequences=8)
+    alone, first, other = cache.allocate([1, 2, 3, 4]), cache.allocate([5, 6, 7, 8]), cache.allocate([9])
+    cache.commit(alone), cache.commit(first)
+    cache.truncate(alone, 3), cache.truncate(first, 3)
+    forks, copied = [first, cache.fork(first)], cache.fork(other)
+    cache.append_batch([alone, copied, *forks])
+    assert cache.cached_tokens(cache.allocate([1, 2, 3, 4])) == 0
+    assert cache.cached_tokens(cache.allocate([5, 6, 7, 8])) == 0
+
+
 def test_evicts_what_nobody_owns():
     cache = small_cache(4, prefix_cache=True)
     cached = cache.allocate(range(8))
