@@ -2,15 +2,20 @@
 
 A page is *free* (on the stack), *used* (one owner or more) or *idle* (no owner, but kept for its contents by
 the prefix cache). free + used + idle = num_pages, always.
+
+What is free is a sparse set (Briggs and Torczon, "An efficient representation for sparse sets", 1993): page p
+is free exactly if ``where[p] < free`` and ``stack[where[p]] == p``. So an allocation touches no page: it
+copies the top of the stack and lowers ``free``. The count of a free page is 1 already, for its next owner.
 """
 
 import threading
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 MAX_PAGES = 2**31 - 1  # page ids are int32 on the device
+MANY = 128  # pages from which on numpy releases a batch sooner than a loop does
 
 
 class OutOfPages(RuntimeError):
@@ -29,13 +34,14 @@ def check_positive(name: str, value: int, limit: int = MAX_PAGES) -> int:
 class PageAllocator:
     """Owner counts and a free stack for pages 0 .. num_pages - 1; every operation on a page is O(1).
 
-    Memory: 9 bytes a page and no Python object for any, so a pool of millions of pages is fine. The last page
-    freed is the first allocated again: its lines are the likeliest to be in the L2. Thread-safe: one
-    reentrant lock, which an owner of the allocator may share (``lock``) to make its own steps atomic.
+    Taking n pages is one copy of n numbers. Memory: 13 bytes a page and no Python object for any, so a pool
+    of millions of pages is fine. The last page freed is the first allocated again: its lines are the
+    likeliest to be in the L2. Thread-safe: one reentrant lock, which an owner of the allocator may share
+    (``lock``) to make its own steps atomic.
 
     Attributes:
         num_pages: pages of the pool.
-        owners: array('i') of num_pages, owners of each page. Read only.
+        counts: array('i') of num_pages, owners of each page that is used; 0 if idle, 1 if free. Read only.
         lock: held during each operation.
 
     Raises:
@@ -45,13 +51,23 @@ class PageAllocator:
     def __init__(self, num_pages: int, *, lock: "threading.RLock | None" = None):
         self.num_pages = check_positive("num_pages", num_pages)
         # array, not numpy: a page number is read in a third of the time. Never resized, hence never moved.
-        self._stack = array("i", np.arange(num_pages - 1, -1, -1, dtype=np.int32).tobytes())
-        self.owners = array("i", bytes(4 * num_pages))
-        self._keep = bytearray(num_pages)
+        descending = np.arange(num_pages - 1, -1, -1, dtype=np.int32).tobytes()
+        self._stack = array("i", descending)
+        self._where = array("i", descending)  # says nothing of a page that is not free
+        self.counts = array("i", np.ones(num_pages, dtype=np.int32).tobytes())
+        self._keep = bytearray(num_pages)  # never of a free page
         self._free = num_pages
         self._shared = 0
         self._idle = 0
         self.lock = threading.RLock() if lock is None else lock
+
+    @property
+    def owners(self) -> array:
+        """Owners of each page, 0 of a free one, as array('i'): a copy, O(num_pages)."""
+        with self.lock:
+            owners = self.counts[:]
+            np.frombuffer(owners, dtype=np.int32)[self._stack[: self._free]] = 0
+            return owners
 
     @property
     def free(self) -> int:
@@ -80,10 +96,8 @@ class PageAllocator:
             top = self._free - 1
             if top < 0:
                 raise self._out_of_pages(1)
-            page = self._stack[top]
             self._free = top
-            self.owners[page] = 1
-            return page
+            return self._stack[top]
 
     def allocate_batch(self, n: int) -> array:
         """n free pages as array('i'), with one owner each. OutOfPages, and none taken, if fewer are free."""
@@ -96,9 +110,6 @@ class PageAllocator:
             pages = self._stack[top : self._free]
             pages.reverse()  # in the order in which allocate() would give them
             self._free = top
-            owners = self.owners
-            for page in pages:
-                owners[page] = 1
             return pages
 
     def share(self, page: int) -> None:
@@ -109,19 +120,19 @@ class PageAllocator:
         """One more owner of each page; of none, and ValueError, if one is free or outside the pool."""
         with self.lock:
             pages = self._in_pool(pages)
-            owners = self.owners
+            counts = self.counts
             for done, page in enumerate(pages):
-                count = owners[page] + 1
-                if count == 1 and not self._keep[page]:
-                    self._undo_share(pages[:done])
-                    raise ValueError(
-                        f"page {page} is free, only a page in use can be shared: allocate it first"
-                    )
-                owners[page] = count
-                if count == 1:
-                    self._idle -= 1
-                elif count == 2:
+                count = counts[page] + 1
+                if count == 2:
+                    if self._is_free(page):
+                        self._undo_share(pages[:done])
+                        raise ValueError(
+                            f"page {page} is free, only a page in use can be shared: allocate it first"
+                        )
                     self._shared += 1
+                elif count == 1:
+                    self._idle -= 1
+                counts[page] = count
 
     def release(self, page: int) -> bool:
         """One owner less. At 0 the page is free, or, if it is kept, idle; True if it became idle.
@@ -138,27 +149,29 @@ class PageAllocator:
             The pages that lost their last owner and are kept, in order; the others that lost it are free.
         """
         with self.lock:
+            if isinstance(pages, Sequence) and len(pages) >= MANY and self._release_at_once(pages):
+                return []
             pages = self._in_pool(pages)
-            owners, keep, stack, free, idle = self.owners, self._keep, self._stack, self._free, []
+            counts, keep, stack, where = self.counts, self._keep, self._stack, self._where
+            free, idle = self._free, []
             for done, page in enumerate(pages):
-                count = owners[page] - 1
-                if count > 1:
-                    owners[page] = count
-                elif count == 1:
-                    owners[page] = count
-                    self._shared -= 1
-                elif count < 0:
+                count = counts[page] - 1
+                if count == 0 and not keep[page] and ((at := where[page]) >= free or stack[at] != page):
+                    stack[free] = page
+                    where[page] = free
+                    free += 1
+                elif count > 0:
+                    counts[page] = count
+                    if count == 1:
+                        self._shared -= 1
+                elif count == 0 and keep[page]:
+                    counts[page] = 0
+                    self._idle += 1
+                    idle.append(page)
+                else:
                     self._free = free
                     self._undo_release(pages[:done])
                     raise ValueError(f"page {page} has no owner to release it: release a page once per owner")
-                else:
-                    owners[page] = count
-                    if keep[page]:
-                        self._idle += 1
-                        idle.append(page)
-                    else:
-                        stack[free] = page
-                        free += 1
             self._free = free
             return idle
 
@@ -166,7 +179,7 @@ class PageAllocator:
         """From now on the used page is not freed when its last owner leaves. ValueError for a free page."""
         with self.lock:
             self._in_pool((page,))
-            if self.owners[page] == 0:
+            if self.counts[page] == 0 or self._is_free(page):
                 raise ValueError(f"page {page} has no owner, only a used page can be kept: allocate it first")
             self._keep[page] = 1
 
@@ -176,9 +189,11 @@ class PageAllocator:
             if not (0 <= page < self.num_pages and self._keep[page]):
                 raise ValueError(f"page {page} is not kept, discard needs a kept one: keep() it first")
             self._keep[page] = 0
-            if self.owners[page] == 0:
+            if self.counts[page] == 0:
+                self.counts[page] = 1
                 self._idle -= 1
                 self._stack[self._free] = page
+                self._where[page] = self._free
                 self._free += 1
 
     def _in_pool(self, pages: Iterable[int]) -> list[int]:
@@ -188,10 +203,37 @@ class PageAllocator:
             raise ValueError(f"page {page} is outside the pool, must be in [0, {self.num_pages - 1}]")
         return pages
 
+    def _is_free(self, page: int) -> bool:
+        at = self._where[page]
+        return at < self._free and self._stack[at] == page
+
+    def _release_at_once(self, pages: Sequence[int]) -> bool:
+        """Frees these pages if each has one owner, is not kept and is listed once; else changes nothing."""
+        new, free = np.asarray(pages), self._free
+        end = free + len(new)
+        if end > self.num_pages or new.dtype.kind != "i" or new.min() < 0 or new.max() >= self.num_pages:
+            return False
+        counts, stack, where = (
+            np.frombuffer(one, dtype=np.int32) for one in (self.counts, self._stack, self._where)
+        )
+        if (counts[new] != 1).any() or np.frombuffer(self._keep, dtype=np.uint8)[new].any():
+            return False
+        at = where[new]
+        if ((at < free) & (stack[at] == new)).any():
+            return False
+        # What follows concerns no free page until the last line, so there is nothing to undo.
+        places = np.arange(free, end, dtype=np.int32)
+        where[new] = places
+        if (where[new] != places).any():  # a page listed twice has one place
+            return False
+        stack[free:end] = new
+        self._free = end
+        return True
+
     def _undo_share(self, pages: list[int]) -> None:
         for page in pages:
-            count = self.owners[page] - 1
-            self.owners[page] = count
+            count = self.counts[page] - 1
+            self.counts[page] = count
             if count == 1:
                 self._shared -= 1
             elif count == 0:  # it was idle, or it could not have been shared
@@ -199,14 +241,15 @@ class PageAllocator:
 
     def _undo_release(self, pages: list[int]) -> None:
         for page in reversed(pages):
-            count = self.owners[page] + 1
-            self.owners[page] = count
+            if self._is_free(page):
+                self._free -= 1  # it lies on top of the stack: pages come back in reverse
+                continue
+            count = self.counts[page] + 1
+            self.counts[page] = count
             if count == 2:
                 self._shared += 1
-            elif count == 1 and self._keep[page]:
-                self._idle -= 1
             elif count == 1:
-                self._free -= 1  # it lies on top of the stack: pages come back in reverse
+                self._idle -= 1
 
     def _out_of_pages(self, n: int) -> OutOfPages:
         return OutOfPages(

@@ -141,7 +141,7 @@ class PagedKVCache:
             held, fill = -(-start // size), start % size
             new = -(-end // size) - held
             last = tables.pages[row * tables.max_pages + held - 1] if fill and count else None
-            if last is not None and self._allocator.owners[last] > 1:
+            if last is not None and self._allocator.counts[last] > 1:
                 pages = self._supply.take(1 + new)
                 self._copy_page(last, fill, pages)
                 tables.set_pages(row, held - 1, pages)
@@ -183,7 +183,7 @@ class PagedKVCache:
         with self._lock:
             rows, tables = self._rows.distinct_rows(seqs), self._tables
             self._check_length(int(counts.max(initial=0)))  # so that no sum overflows
-            grown = plan_growth(tables, np.frombuffer(self._allocator.owners, dtype=np.int32), rows, counts)
+            grown = plan_growth(tables, np.frombuffer(self._allocator.counts, dtype=np.int32), rows, counts)
             self._check_length(int(grown.ends.max(initial=0)))
             if total := int(grown.takes.sum()):
                 taken = self._supply.take(total)
@@ -351,7 +351,7 @@ class PagedKVCache:
         with self._lock:
             pages, prefix = self._allocator, self._prefix
             found = (prefix.hit_tokens, prefix.miss_tokens, prefix.evicted_pages) if prefix else ()
-            lengths, owners = self._tables.seqlens, np.frombuffer(pages.owners, dtype=np.int32)
+            lengths, owners = self._tables.seqlens, np.frombuffer(pages.counts, dtype=np.int32)
             return Usage(
                 pages.num_pages,
                 pages.free,

@@ -5,8 +5,11 @@ import threading
 from collections import Counter
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mla_kernels.paging import OutOfPages, PageAllocator
+from mla_kernels.paging.allocator import MANY
 
 
 def state(pages):
@@ -17,6 +20,7 @@ def check_accounts(pages):
     """The counters against a recount of owners, and the stack against the pages that are free."""
     free = set(pages._stack[: pages.free])
     assert len(free) == pages.free
+    assert all(pages._where[page] == at for at, page in enumerate(pages._stack[: pages.free]))
     idle = {page for page in range(pages.num_pages) if pages._keep[page] and pages.owners[page] == 0}
     assert free == {page for page in range(pages.num_pages) if pages.owners[page] == 0} - idle
     assert pages.idle == len(idle)
@@ -146,10 +150,68 @@ def test_a_page_twice_in_a_batch_counts_twice_or_is_refused_whole():
     check_accounts(pages)
 
 
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_a_large_release_is_the_same_as_one_page_after_another_or_none(data):
+    """From MANY pages on numpy does it, unless pages are shared, kept, free or listed twice."""
+    size = 2 * MANY
+    few = st.lists(st.integers(0, size - 1), max_size=3)
+    pages, single = PageAllocator(size), PageAllocator(size)
+    used, shared, kept = data.draw(st.integers(MANY, size)), data.draw(few), data.draw(few)
+    for each in (pages, single):
+        each.release_batch(each.allocate_batch(size))  # the stack and the places are no longer in order
+        in_use = set(each.allocate_batch(used))
+        each.share_batch([page for page in shared if page in in_use])
+        for page in in_use.intersection(kept):
+            each.keep(page)
+    batch = [
+        *data.draw(st.permutations(sorted(in_use)))[: data.draw(st.integers(MANY, used))],
+        *data.draw(few),
+    ]
+    before = state(pages)
+    try:
+        idle = [page for page in batch if single.release(page)]
+    except ValueError:
+        with pytest.raises(ValueError, match="has no owner to release it"):
+            pages.release_batch(batch)
+        assert state(pages) == before
+    else:
+        assert pages.release_batch(batch) == idle
+        assert state(pages) == state(single)
+        assert pages.allocate_batch(pages.free) == single.allocate_batch(single.free)
+    check_accounts(pages)
+
+
+@pytest.mark.parametrize("bad", [-1, 500, 1 << 40, 1 << 70])
+def test_a_large_release_outside_the_pool_changes_nothing(bad):
+    pages = PageAllocator(500)
+    batch = [*pages.allocate_batch(2 * MANY)[:MANY], bad]
+    before = state(pages)
+    with pytest.raises(ValueError, match=f"page {bad} is outside the pool"):
+        pages.release_batch(batch)
+    assert state(pages) == before
+
+
+def test_an_allocation_of_any_size_writes_to_no_page():
+    pages = PageAllocator(1000)
+    pages.release_batch(pages.allocate_batch(700))
+    memory = [bytes(part) for part in (pages._stack, pages._where, pages.counts, pages._keep)]
+    assert pages.owners.tolist() == [0] * 1000
+    batch = pages.allocate_batch(900)
+    assert [bytes(part) for part in (pages._stack, pages._where, pages.counts, pages._keep)] == memory
+    assert [page for page, count in enumerate(pages.owners) if count == 1] == sorted(batch)
+
+
 def test_refuses_what_is_no_page_to_keep_or_discard():
     pages = PageAllocator(2)
     with pytest.raises(ValueError, match="page 0 has no owner"):
         pages.keep(0)
+    page = pages.allocate()
+    pages.keep(page)
+    pages.release(page)
+    with pytest.raises(ValueError, match=f"page {page} has no owner"):
+        pages.keep(page)
+    pages.discard(page)
     with pytest.raises(ValueError, match="page 1 is not kept"):
         pages.discard(1)
     with pytest.raises(ValueError, match="n is -1"):
