@@ -97,16 +97,19 @@ def test_out_of_pages_says_how_many_and_takes_none():
 
 def test_a_kept_page_is_idle_after_its_last_owner_until_discarded():
     pages = PageAllocator(3)
-    page = pages.allocate()
+    page, other = pages.allocate(), pages.allocate()
     pages.share(page)
     pages.keep(page)
     assert not pages.release(page) and pages.release(page)
-    assert (pages.free, pages.used, pages.idle) == (2, 0, 1)
+    assert (pages.free, pages.used, pages.idle) == (1, 1, 1)
     pages.share(page)
-    assert (pages.free, pages.used, pages.idle) == (2, 1, 0)
+    assert (pages.free, pages.used, pages.idle) == (1, 2, 0)
     assert pages.release_batch([page]) == [page]
     pages.discard(page)
-    assert (pages.free, pages.used, pages.idle) == (3, 0, 0)
+    assert (pages.free, pages.used, pages.idle) == (2, 1, 0)
+    check_accounts(pages)
+    assert pages.allocate() == page and list(pages.owners) == [1, 1, 0]
+    pages.release_batch([page, other])
     check_accounts(pages)
 
 
