@@ -287,3 +287,79 @@ __device__ __forceinline__ uint4 load_streaming(const uint4* pointer) {
                  : "l"(pointer));
     return v;
 }
+
+// ---- prefill: tiles of other widths, four coordinates, a barrier that some only arrive at -----------------------------
+
+// Counts this warp in at a named barrier without waiting.
+__device__ __forceinline__ void named_barrier_arrive(u32 id, u32 threads) {
+    asm volatile("barrier.cta.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+__device__ __forceinline__ void tma_load_4d(void* smem, const TensorMap* map, u64* barrier, int x, int y, int z, int w) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(
+            smem_address(smem)),
+        "l"(map), "r"(smem_address(barrier)), "r"(x), "r"(y), "r"(z), "r"(w)
+        : "memory");
+}
+
+#define WIDE_40 REGS_32 ", %32, %33, %34, %35, %36, %37, %38, %39"
+#define WIDE_48 WIDE_40 ", %40, %41, %42, %43, %44, %45, %46, %47"
+#define WIDE_56 WIDE_48 ", %48, %49, %50, %51, %52, %53, %54, %55"
+#define WIDE_72 REGS_64 ", %64, %65, %66, %67, %68, %69, %70, %71"
+#define WIDE_80 WIDE_72 ", %72, %73, %74, %75, %76, %77, %78, %79"
+#define WIDE_88 WIDE_80 ", %80, %81, %82, %83, %84, %85, %86, %87"
+#define WIDE_96 WIDE_88 ", %88, %89, %90, %91, %92, %93, %94, %95"
+#define WIDE_128 WIDE_96 \
+    ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
+    ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define WIDE_32 REGS_32
+#define WIDE_64 REGS_64
+#define SUMS_32(d) ACC_32(d, 0)
+#define SUMS_40(d) ACC_32(d, 0), ACC_8(d, 32)
+#define SUMS_48(d) ACC_32(d, 0), ACC_16(d, 32)
+#define SUMS_56(d) SUMS_48(d), ACC_8(d, 48)
+#define SUMS_64(d) ACC_64(d, 0)
+#define SUMS_80(d) ACC_64(d, 0), ACC_16(d, 64)
+#define SUMS_88(d) SUMS_80(d), ACC_8(d, 80)
+#define SUMS_96(d) ACC_64(d, 0), ACC_32(d, 64)
+#define SUMS_128(d) ACC_64(d, 0), ACC_64(d, 64)
+
+// d[64 x kN] (+)= A[64 x 16] B[16 x kN]: A of rows, in shared memory, and B, each with its K dimension contiguous.
+#define WGMMA_SS_N(N, REGS, a_index, b_index, p_index)                                                            \
+    asm volatile(                                                                                                 \
+        "{\n.reg .pred p;\nsetp.ne.b32 p, " p_index ", 0;\n"                                                        \
+        "wgmma.mma_async.sync.aligned.m64n" #N "k16." MMA_TYPES " {" WIDE_##REGS "}, " a_index ", " b_index          \
+        ", p, 1, 1, 0, 0;\n}\n"                                                                                    \
+        : SUMS_##REGS(d)                                                                                          \
+        : "l"(kDescriptorHigh | a), "l"(kDescriptorHigh | b), "r"(static_cast<int>(accumulate)))
+
+template <int kN>
+__device__ __forceinline__ void wgmma_ss_n(float (&d)[kN / 2], u32 a, u32 b, bool accumulate) {
+    static_assert(kN == 64 || kN == 80 || kN == 96 || kN == 112 || kN == 128 || kN == 160 || kN == 176 || kN == 192, "no wrapper");
+    if constexpr (kN == 64) WGMMA_SS_N(64, 32, "%32", "%33", "%34");
+    if constexpr (kN == 80) WGMMA_SS_N(80, 40, "%40", "%41", "%42");
+    if constexpr (kN == 96) WGMMA_SS_N(96, 48, "%48", "%49", "%50");
+    if constexpr (kN == 112) WGMMA_SS_N(112, 56, "%56", "%57", "%58");
+    if constexpr (kN == 128) WGMMA_SS_N(128, 64, "%64", "%65", "%66");
+    if constexpr (kN == 160) WGMMA_SS_N(160, 80, "%80", "%81", "%82");
+    if constexpr (kN == 176) WGMMA_SS_N(176, 88, "%88", "%89", "%90");
+    if constexpr (kN == 192) WGMMA_SS_N(192, 96, "%96", "%97", "%98");
+}
+
+// The same with A in registers (fragment layout of the accumulators, two elements a register), B's N dimension contiguous.
+#define WGMMA_RS_N(N, REGS, a_index, b_index, p_index)                                                              \
+    asm volatile(                                                                                                 \
+        "{\n.reg .pred p;\nsetp.ne.b32 p, " p_index ", 0;\n"                                                        \
+        "wgmma.mma_async.sync.aligned.m64n" #N "k16." MMA_TYPES " {" WIDE_##REGS "}, {" a_index "}, " b_index           \
+        ", p, 1, 1, 1;\n}\n"                                                                                       \
+        : SUMS_##REGS(d)                                                                                          \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(kDescriptorHigh | b), "r"(static_cast<int>(accumulate)))
+
+template <int kN>
+__device__ __forceinline__ void wgmma_rs_n(float (&d)[kN / 2], const u32 (&a)[4], u32 b, bool accumulate) {
+    static_assert(kN == 64 || kN == 128 || kN == 256, "no wrapper for this N");
+    if constexpr (kN == 64) WGMMA_RS_N(64, 32, "%32, %33, %34, %35", "%36", "%37");
+    if constexpr (kN == 128) WGMMA_RS_N(128, 64, "%64, %65, %66, %67", "%68", "%69");
+    if constexpr (kN == 256) WGMMA_RS_N(256, 128, "%128, %129, %130, %131", "%132", "%133");
+}
