@@ -3,7 +3,14 @@
 from importlib import import_module
 
 __version__ = "0.1.0"
-__all__ = ["DeviceUnavailable", "PagedKVCache", "merge_partials", "mla_append", "mla_decode"]
+__all__ = [
+    "DeviceUnavailable",
+    "PagedKVCache",
+    "merge_partials",
+    "mla_append",
+    "mla_decode",
+    "mla_prefill",
+]
 
 _HOMES = {
     "DeviceUnavailable": "mla_kernels.device",
@@ -11,6 +18,7 @@ _HOMES = {
     "merge_partials": "mla_kernels.decode",
     "mla_append": "mla_kernels.append",
     "mla_decode": "mla_kernels.decode",
+    "mla_prefill": "mla_kernels.prefill",
 }
 
 

@@ -69,6 +69,8 @@ class DecodeParams(ctypes.Structure):
         ("max_tokens", ctypes.c_int),
         ("total_q", ctypes.c_int),
         ("pad", ctypes.c_char * 12),
+        ("kv_group_map", ctypes.c_uint64 * 16),
+        ("q_group_map", ctypes.c_uint64 * 16),
     )
 
 
@@ -184,29 +186,38 @@ def flat_query_tensor_map(q: torch.Tensor, rows: int) -> ctypes.Array:
 def _tensor_map(
     tensor: torch.Tensor, sizes: tuple[int, int], strides: tuple[int, int], rows: int
 ) -> ctypes.Array:
-    """Map of (576 columns, *sizes), strides in elements: boxes of 64 columns x ``rows``, 128-byte swizzle.
+    """Map of (576 columns, *sizes), strides in elements: boxes of 64 columns x ``rows``, 128-byte swizzle."""
+    return tensor_map(tensor.data_ptr(), tensor.dtype, (tensor.shape[-1], *sizes), strides, rows)
 
-    Parts of a box outside the tensor are zero.
+
+def tensor_map(
+    address: int, dtype: torch.dtype, sizes: tuple[int, ...], strides: tuple[int, ...], rows: int
+) -> ctypes.Array:
+    """Tensor map of 16-bit elements at ``address``: boxes of 64 columns x ``rows``, 128-byte swizzle.
+
+    ``sizes`` from the innermost dimension, whose elements are contiguous; ``strides`` in elements, of the
+    others. Parts of a box outside the tensor are zero.
     """
+    rank = len(sizes)
     storage = (ctypes.c_uint64 * 32)()  # room to align by hand: the driver wants 64 bytes
-    address = (ctypes.addressof(storage) + 127) // 128 * 128
-    element = _CU_TENSOR_MAP_BFLOAT16 if tensor.dtype == torch.bfloat16 else _CU_TENSOR_MAP_FLOAT16
+    aligned = (ctypes.addressof(storage) + 127) // 128 * 128
+    element = _CU_TENSOR_MAP_BFLOAT16 if dtype == torch.bfloat16 else _CU_TENSOR_MAP_FLOAT16
     status = _driver().cuTensorMapEncodeTiled(
-        ctypes.c_void_p(address),
+        ctypes.c_void_p(aligned),
         ctypes.c_int(element),
-        ctypes.c_uint32(3),
-        ctypes.c_void_p(tensor.data_ptr()),
-        (ctypes.c_uint64 * 3)(tensor.shape[-1], *sizes),
-        (ctypes.c_uint64 * 2)(*(stride * 2 for stride in strides)),
-        (ctypes.c_uint32 * 3)(64, rows, 1),
-        (ctypes.c_uint32 * 3)(1, 1, 1),
+        ctypes.c_uint32(rank),
+        ctypes.c_void_p(address),
+        (ctypes.c_uint64 * rank)(*sizes),
+        (ctypes.c_uint64 * (rank - 1))(*(stride * 2 for stride in strides)),
+        (ctypes.c_uint32 * rank)(64, rows, *(1,) * (rank - 2)),
+        (ctypes.c_uint32 * rank)(*(1,) * rank),
         ctypes.c_int(0),
         ctypes.c_int(_CU_SWIZZLE_128B),
         ctypes.c_int(_CU_L2_PROMOTION_128B),
         ctypes.c_int(0),
     )
-    _check(status, f"cuTensorMapEncodeTiled of {tuple(tensor.shape)}, strides {tensor.stride()}")
-    return (ctypes.c_uint64 * 16).from_buffer_copy(ctypes.string_at(address, 128))
+    _check(status, f"cuTensorMapEncodeTiled of sizes {sizes}, strides {strides}")
+    return (ctypes.c_uint64 * 16).from_buffer_copy(ctypes.string_at(aligned, 128))
 
 
 def current_stream(device: int) -> int:

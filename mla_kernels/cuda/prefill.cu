@@ -1,0 +1,287 @@
+// Attention over whole sequences: out = softmax(scale Q K^T) V, causal or not.
+//
+//   S = Q K^T  (64 x kKeys a warpgroup)        O = P V  (64 x kHeadDimV)
+//
+// Grid: a persistent CTA an SM, that draws items of kRows query rows of a head (prefill_schedule.cuh).
+// Warpgroups: 0 the producer's (one warp: schedules, and loads by TMA); the others consume, 64 rows each, S, P and O in registers.
+// Shared memory: Q of one item, rings of K and of V tiles (prefill_layout.cuh; sizes: mla_kernels/prefill_tuning.py).
+//
+// A consumer issues the scores of tile j - 1, then P V of tile j, and computes the softmax of the scores under that P V; besides, the
+// consumers take turns in issuing, so that one's WGMMA run under the others' softmax (FlashAttention-3, arXiv 2407.08608, 3.1-3.2).
+#include "prefill_schedule.cuh"
+#include "prefill_softmax.cuh"
+
+constexpr int kCount = kKeys / 2, kCountV = kHeadDimV / 2;  // accumulators of a thread
+
+struct SharedMemory {  // at a multiple of 1,024 bytes, the swizzle's atom
+    u16 q[kBoxes][kRows * kBoxColumns];
+    TileRing<kBoxes> k;
+    TileRing<kBoxesV> v;
+    TileRing<kBoxes>::Barriers k_barriers;
+    TileRing<kBoxesV>::Barriers v_barriers;
+    u64 q_full, q_empty;
+    ItemQueue queue;
+};
+
+__device__ __forceinline__ bool leads_warp() { return (launder(threadIdx.x) & 31) == 0; }
+// By every warp of the consumers.
+__device__ __forceinline__ void release(u64* empty) {
+    if (leads_warp()) mbarrier_arrive(empty);
+}
+
+struct Producer {
+    const PrefillParams& p;
+    SharedMemory& smem;
+    Place<kStages> k, v;
+
+    // Tile `tile` of the item's keys -> next slot. Rows past the sequence's end must be zero: 0 * NaN is NaN in P V. Of ragged
+    // sequences the tensor map has the key twice, in a dimension of kKeys rows that ends where the other dimension points to.
+    template <int kTileBoxes, class Barriers>
+    __device__ void load(TileRing<kTileBoxes>& ring, Barriers& barriers, Place<kStages>& place, const TensorMap* map, const Item& item, int tile) {
+        u64* full = &barriers.full[place.slot];
+        mbarrier_wait(&barriers.empty[place.slot], place.phase ^ 1);
+        mbarrier_arrive_expect_tx(full, ring.kBytes);
+        const int first = tile * kKeys, end = min(first + kKeys, item.keys);
+        const bool ragged = p.cu_seqlens_k != nullptr;
+        const int y = ragged ? kKeys - (end - first) : first, z = ragged ? item.key_begin + end : item.kv_head;
+        const int w = ragged ? item.kv_head : item.batch;
+#pragma unroll
+        for (int c = 0; c < kTileBoxes; ++c) tma_load_4d(ring.box[place.slot][c], map, full, c * kBoxColumns, y, z, w);
+        place.next();
+    }
+    __device__ void load_item(const Item& item, u32 item_phase) {
+        const int batch = p.cu_seqlens_q != nullptr ? 0 : item.batch;
+        load(smem.k, smem.k_barriers, k, &p.k_map, item, item.tiles - 1);
+        mbarrier_wait(&smem.q_empty, item_phase ^ 1);
+        mbarrier_arrive_expect_tx(&smem.q_full, kBoxes * kQueryBoxBytes);
+#pragma unroll
+        for (int c = 0; c < kBoxes; ++c) tma_load_4d(smem.q[c], &p.q_map, &smem.q_full, c * kBoxColumns, item.token, item.head, batch);
+#pragma unroll 1
+        for (int tile = item.tiles - 1; tile >= 0; --tile) {  // in the order of use
+            if (tile > 0) load(smem.k, smem.k_barriers, k, &p.k_map, item, tile - 1);
+            load(smem.v, smem.v_barriers, v, &p.v_map, item, tile);
+        }
+    }
+    __device__ void run() {
+        const int lane = threadIdx.x & 31;
+        Schedule schedule(p);
+        Place<ItemQueue::kSlots> slot;
+        u32 item_phase = 0;
+        u32 ticket = blockIdx.x;
+        while (true) {
+            const Item item = schedule.find(ticket);
+            mbarrier_wait(&smem.queue.empty[slot.slot], slot.phase ^ 1);
+            if (lane == 0) {
+                smem.queue.item[slot.slot] = item;
+                mbarrier_arrive(&smem.queue.full[slot.slot]);
+            }
+            slot.next();
+            if (item.head < 0) break;
+            if (item.tiles > 0) {
+                if (lane == 0) load_item(item, item_phase);
+                item_phase ^= 1;
+            }
+            __syncwarp();
+            if (lane == 0) ticket = gridDim.x + atomic_add_relaxed(&p.tickets[0], 1);
+            ticket = __shfl_sync(0xffffffffu, ticket, 0);
+        }
+        // The last CTA leaves the counters as it found them, for the next launch.
+        if (lane == 0 && atomic_add_relaxed(&p.tickets[1], 1) == gridDim.x - 1) p.tickets[0] = p.tickets[1] = 0;
+    }
+};
+
+struct Consumer {
+    const PrefillParams& p;
+    SharedMemory& smem;
+    const u32 self;  // 0 .. kConsumers - 1
+    Place<kStages> k, v;
+
+    __device__ u32 row() const { return self * kWarpgroupRows + launder(threadIdx.x) % kWarpgroup / 32 * 16 + launder(threadIdx.x) % 32 / 4; }
+
+    __device__ void wait_turn() const { named_barrier_sync(kBarrierTurn + self, 2 * kWarpgroup); }
+    __device__ void pass_turn() const {
+        named_barrier_arrive(kBarrierTurn + (self + 1 == kConsumers ? 0 : self + 1), 2 * kWarpgroup);
+    }
+
+    __device__ void issue_scores(float (&s)[kCount]) {
+        mbarrier_wait(&smem.k_barriers.full[k.slot], k.phase);
+        const u32 query = descriptor_along_row(smem.q) + self * (kWarpgroupRows * kBoxRowBytes >> 4);
+        const u32 key = descriptor_along_row(smem.k.box) + k.slot * (TileRing<kBoxes>::kBytes >> 4);
+        wgmma_fence();
+#pragma unroll
+        for (int c = 0; c < kBoxes; ++c)
+#pragma unroll
+            for (int step = 0; step < kStepsPerBox; ++step)
+                wgmma_ss_n<kKeys>(s, query + c * (kQueryBoxBytes >> 4) + step * kAdvanceAlongRow,
+                                  key + c * (kKeyBoxBytes >> 4) + step * kAdvanceAlongRow, c > 0 || step > 0);
+        wgmma_commit();
+    }
+    template <bool kFirst>
+    __device__ void issue_values(float (&o)[kCountV], const u32 (&packed)[kKeys / kStepK][4]) {
+        mbarrier_wait(&smem.v_barriers.full[v.slot], v.phase);
+        const u32 value = descriptor_down_rows(smem.v.box) + v.slot * (TileRing<kBoxesV>::kBytes >> 4);
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < kKeys / kStepK; ++step) wgmma_rs_n<kHeadDimV>(o, packed[step], value + step * kAdvanceDownRows, !kFirst || step > 0);
+        wgmma_commit();
+    }
+
+    // Hides keys that a row does not see, of a tile that has any.
+    __device__ void mask(const Item& item, int tile, float (&s)[kCount]) const {
+        const int rows_from = row(), columns_from = tile * kKeys + launder(threadIdx.x) % 4 * 2;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const int end = (p.causal ? min(item.keys, item.diagonal + rows_from + r * 8) : item.keys) - columns_from;
+#pragma unroll
+            for (int i = 0; i < kCount; ++i)
+                if ((i / 2 & 1) == r && i / 4 * 8 + (i & 1) >= end) s[i] = -kInfinity;
+        }
+    }
+
+    // Tile `tile`'s scores are issued while `packed` holds the probabilities of the one after, whose P V follows.
+    template <bool kFirst>
+    __device__ void step(const Item& item, int tile, bool masked, RowStats& stats, float (&o)[kCountV], u32 (&packed)[kKeys / kStepK][4]) {
+        float s[kCount], factor[2];
+        wait_turn();
+        issue_scores(s);
+        issue_values<kFirst>(o, packed);
+        pass_turn();
+        wgmma_wait<1>();
+        wgmma_fence_operands(s);
+        release(&smem.k_barriers.empty[k.slot]);
+        k.next();
+        if (masked) mask(item, tile, s);
+        const bool moved = stats.follow(s, p.softmax_scale_log2, factor);
+        stats.exponentiate(s, p.softmax_scale_log2);
+        wgmma_wait<0>();
+        wgmma_fence_operands(o);
+        wgmma_fence_operands(s);  // or ptxas packs them before, in more registers than there are
+        release(&smem.v_barriers.empty[v.slot]);
+        v.next();
+        if (moved) {
+#pragma unroll
+            for (int i = 0; i < kCountV; ++i) o[i] *= factor[i / 2 & 1];
+        }
+        pack_probabilities(s, packed);
+    }
+
+    __device__ void attend(const Item& item, u32 item_phase) {
+        float o[kCountV];
+        RowStats stats;
+        if (item.tiles == 0) {
+#pragma unroll
+            for (int i = 0; i < kCountV; ++i) o[i] = 0.f;
+            store(item, stats, o);
+            return;
+        }
+        u32 packed[kKeys / kStepK][4];
+        int tile = item.tiles - 1;
+        // tiles from this one on have keys that the warpgroup's first row does not see
+        const int seen_by_all = p.causal ? min(item.keys, item.diagonal + static_cast<int>(self) * kWarpgroupRows) : item.keys;
+        {
+            float s[kCount], factor[2];
+            mbarrier_wait(&smem.q_full, item_phase);
+            issue_scores(s);
+            wgmma_wait<0>();
+            wgmma_fence_operands(s);
+            release(&smem.k_barriers.empty[k.slot]);
+            k.next();
+            if ((tile + 1) * kKeys > seen_by_all) mask(item, tile, s);
+            stats.follow(s, p.softmax_scale_log2, factor);
+            stats.exponentiate(s, p.softmax_scale_log2);
+            pack_probabilities(s, packed);
+        }
+        if (tile > 0) {
+            --tile;
+            step<true>(item, tile, (tile + 1) * kKeys > seen_by_all, stats, o, packed);
+#pragma unroll 1
+            while (tile > 0) {
+                --tile;
+                step<false>(item, tile, (tile + 1) * kKeys > seen_by_all, stats, o, packed);
+            }
+            release(&smem.q_empty);
+            issue_values<false>(o, packed);
+        } else {
+            release(&smem.q_empty);
+            issue_values<true>(o, packed);
+        }
+        wgmma_wait<0>();
+        wgmma_fence_operands(o);
+        release(&smem.v_barriers.empty[v.slot]);
+        v.next();
+        store(item, stats, o);
+    }
+
+    // Element i of thread t of four neighbours -> element t of thread i.
+    __device__ static uint4 transposed(u32 thread, u32 a, u32 b, u32 c, u32 d) {
+        const auto swap = [thread](u32 bit, u32& x, u32& y) {
+            const bool upper = thread & bit;
+            const u32 other = __shfl_xor_sync(0xffffffffu, upper ? x : y, bit);
+            (upper ? x : y) = other;
+        };
+        swap(1, a, b), swap(1, c, d), swap(2, a, c), swap(2, b, d);
+        return make_uint4(a, b, c, d);
+    }
+    // Four neighbours have 32 columns of a row in pairs; swapped among them, each writes 16 bytes.
+    __device__ void store(const Item& item, RowStats& stats, const float (&o)[kCountV]) const {
+        stats.finish();
+        const u32 thread = launder(threadIdx.x), row = this->row();
+        const size_t token = item.token + (p.cu_seqlens_q != nullptr ? 0 : static_cast<size_t>(item.batch) * p.s_q) + row;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const bool inside = static_cast<int>(row + r * 8) < item.rows;
+            const float weight = stats.inverse(r);
+            u16* place = p.out + ((token + r * 8) * p.h_q + item.head) * kHeadDimV + thread % 4 * 8;
+#pragma unroll
+            for (int j = 0; j < kHeadDimV / 8; j += 4) {
+                u32 pair[4];
+#pragma unroll
+                for (int i = 0; i < 4; ++i) pair[i] = pack_elements(o[(j + i) * 4 + r * 2] * weight, o[(j + i) * 4 + r * 2 + 1] * weight);
+                const uint4 columns = transposed(thread, pair[0], pair[1], pair[2], pair[3]);
+                if (inside) *reinterpret_cast<uint4*>(place + j * 8) = columns;
+            }
+            if (inside && thread % 4 == 0) {
+                const size_t line = p.cu_seqlens_q != nullptr ? item.head : static_cast<size_t>(item.batch) * p.h_q + item.head;
+                p.lse[line * p.s_q + item.token + row + r * 8] = stats.lse(r);
+            }
+        }
+    }
+
+    __device__ void run() {
+        Place<ItemQueue::kSlots> slot;
+        u32 item_phase = 0;
+        if (self == 0) named_barrier_arrive(kBarrierTurn, 2 * kWarpgroup);  // the first turn is its own
+        while (true) {
+            mbarrier_wait(&smem.queue.full[slot.slot], slot.phase);
+            const Item& from = smem.queue.item[slot.slot];
+            Item item;
+            item.head = uniform(from.head), item.batch = uniform(from.batch);
+            item.row = uniform(from.row), item.rows = uniform(from.rows), item.token = uniform(from.token);
+            item.keys = uniform(from.keys), item.tiles = uniform(from.tiles), item.diagonal = uniform(from.diagonal);
+            __syncwarp();
+            release(&smem.queue.empty[slot.slot]);
+            slot.next();
+            if (item.head < 0) break;
+            attend(item, item_phase);
+            if (item.tiles > 0) item_phase ^= 1;
+        }
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(kThreads, 1) mla_prefill(const __grid_constant__ PrefillParams p) {
+    extern __shared__ __align__(1024) char shared[];
+    SharedMemory& smem = *reinterpret_cast<SharedMemory*>(shared);
+    if (threadIdx.x == 0) {
+        smem.k_barriers.init(), smem.v_barriers.init(), smem.queue.init_barriers();
+        mbarrier_init(&smem.q_full, 1), mbarrier_init(&smem.q_empty, kConsumers * kWarpgroup / 32);
+        fence_barrier_init();
+    }
+    __syncthreads();
+    if (threadIdx.x < kWarpgroup) {
+        setmaxnreg_dec<MLA_PRODUCER_REGISTERS>();
+        if (threadIdx.x < 32) Producer{p, smem}.run();
+    } else {
+        setmaxnreg_inc<MLA_CONSUMER_REGISTERS>();
+        Consumer{p, smem, uniform(threadIdx.x / kWarpgroup) - 1}.run();
+    }
+}

@@ -1,0 +1,84 @@
+// Prefill: online softmax over the scores of a thread, two query rows of it (r = 0, 1: the second eight rows below the first).
+//
+// Element i of an accumulator is of row r = i / 2 % 2 and column i / 4 * 8 + i % 2 (from the thread's own first).
+#pragma once
+#include "prefill_layout.cuh"
+
+// Probabilities are 2 ^ (score - reference): the reference follows the largest score only when that passes it by this much, since
+// then O must be scaled anew. (Rounding is relative, so the size of probabilities does not matter; fp16 holds up to 65,504.)
+constexpr float kHeadroom = 8.f;
+
+struct RowStats {
+    float reference[2] = {-kInfinity, -kInfinity};  // in powers of two
+    float sum[2] = {0.f, 0.f};                      // of this thread's columns
+
+    // Largest of this thread's scores of each row.
+    template <int kCount>
+    __device__ static void row_max(const float (&s)[kCount], float (&top)[2]) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            float part[2] = {s[2 * r], s[2 * r + 1]};
+#pragma unroll
+            for (int i = 4; i < kCount; i += 4)
+#pragma unroll
+                for (int k = 0; k < 2; ++k) part[k] = fmaxf(part[k], s[i + 2 * r + k]);
+            top[r] = fmaxf(part[0], part[1]);
+        }
+    }
+    // Whether the reference moved, for any row of the warp; then `factor` is what O must be multiplied by.
+    template <int kCount>
+    __device__ bool follow(const float (&s)[kCount], float scale, float (&factor)[2]) {
+        float top[2];
+        row_max(s, top);
+        const bool passes = top[0] * scale > reference[0] + kHeadroom || top[1] * scale > reference[1] + kHeadroom;
+        if (!__any_sync(0xffffffffu, passes)) return false;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            top[r] = fmaxf(top[r], __shfl_xor_sync(0xffffffffu, top[r], 1));
+            top[r] = fmaxf(top[r], __shfl_xor_sync(0xffffffffu, top[r], 2));
+            const float after = fmaxf(reference[r], top[r] * scale);
+            factor[r] = after == -kInfinity ? 1.f : exp2_approx(reference[r] - after);
+            reference[r] = after;
+            sum[r] *= factor[r];
+        }
+        return true;
+    }
+    // Scores -> probabilities, in place.
+    template <int kCount>
+    __device__ void exponentiate(float (&s)[kCount], float scale) {
+        float part[2][2] = {};
+        float offset[2];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) offset[r] = reference[r] == -kInfinity ? 0.f : -reference[r];  // no -inf + inf
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+            s[i] = exp2_approx(fmaf(s[i], scale, offset[i / 2 & 1]));
+            part[i / 2 & 1][i & 1] += s[i];
+        }
+#pragma unroll
+        for (int r = 0; r < 2; ++r) sum[r] += part[r][0] + part[r][1];
+    }
+    // When all tiles are seen: sums of whole rows.
+    __device__ void finish() {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            sum[r] += __shfl_xor_sync(0xffffffffu, sum[r], 1);
+            sum[r] += __shfl_xor_sync(0xffffffffu, sum[r], 2);
+        }
+    }
+    __device__ bool blind(int r) const { return reference[r] == -kInfinity && sum[r] == sum[r]; }  // and no score was NaN
+    __device__ float inverse(int r) const { return blind(r) ? 0.f : 1.f / sum[r]; }
+    __device__ float lse(int r) const {
+        const float log2_sum = log2f(sum[r]);  // NaN if a score was
+        return blind(r) ? -kInfinity : (reference[r] + log2_sum) * 0.6931471805599453f;
+    }
+};
+
+// Probabilities as the A operand of PV.
+template <int kCount>
+__device__ __forceinline__ void pack_probabilities(const float (&s)[kCount], u32 (&packed)[kCount / 8][4]) {
+#pragma unroll
+    for (int step = 0; step < kCount / 8; ++step)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) packed[step][i] = pack_elements(s[step * 8 + i * 2], s[step * 8 + i * 2 + 1]);
+}
