@@ -49,7 +49,7 @@ def plot_page_sizes(record: Record) -> pd.DataFrame:
     for (name, part), marker in zip(data.groupby("lengths", sort=False), "osD^v", strict=False):
         axes.plot(part.page_size, part.ratio, marker=marker, label=name)
     style.plain_log_ticks(axes, sorted(data.page_size.unique()))
-    style.ceiling(axes, 1.0, "pages of 64")
+    axes.axhline(1.0, color=style.CEILING, linestyle="--", linewidth=1.1, zorder=1)
     axes.set(
         xlabel="tokens a page", ylabel="speed over pages of 64", ylim=(0, 1.1), title="What small pages cost"
     )
@@ -123,17 +123,17 @@ def plot_latencies(record: Record, chapter: dict[str, float]) -> pd.DataFrame:
     """Median to p99 of what gives room out, with the chapter's figures (name -> µs) as lines."""
     data = latencies(record)
     data = data[~data.operation.str.startswith("free")].reset_index(drop=True)
-    figure, axes = style.new_figure(width=8.5)
-    names = data.allocator + ", " + data.operation
-    axes.hlines(data.index, data.p50, data.p99, color=style.COLOURS["mla_kernels"], linewidth=3)
-    axes.scatter(data.p50, data.index, color=style.COLOURS["mla_kernels"], zorder=3, label="median to p99")
+    figure, axes = style.new_figure(width=8.5, height=4.6)
+    names, colour = data.allocator + ", " + data.operation, style.COLOURS["mla_kernels"]
+    axes.scatter(data.p50, data.index, color=colour, zorder=3, label="median")
+    axes.hlines(data.index, data.p50, data.p99, color=colour, linewidth=3, label="to the 99th percentile")
     for (name, us), line in zip(chapter.items(), ("--", ":"), strict=True):
         axes.axvline(us, color=style.ALARM, linestyle=line, linewidth=1.1, label=f"chapter: {name}")
     axes.set_yticks(data.index, names)
     axes.invert_yaxis()
     style.plain_log_ticks(axes, [0.5, 1, 2, 5, 10, 20, 50, 100])
     axes.set(xlabel="time of an operation on the host, µs", title="Finding room")
-    axes.legend(loc="lower left", fontsize=8)
+    figure.legend(loc="outside upper right", ncols=4, fontsize=8)
     style.show(figure, style.caption(record, pages=False))
     return data
 

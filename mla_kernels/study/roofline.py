@@ -89,16 +89,20 @@ def _roofs(axes: Axes, record: Record, mode: str, intensity: np.ndarray) -> None
     axes.plot(
         intensity, np.minimum(read * intensity, matmul), color=style.CEILING, linestyle="--", linewidth=1.2
     )
-    style.name(axes, matmul, f"matmul, {mode}: {matmul:.0f} TFLOP/s")
-    axes.annotate(
-        f"HBM, {mode}: {read:.2f} TB/s",
-        (intensity[0], read * intensity[0]),
-        xytext=(10, -12),
-        textcoords="offset points",
-        fontsize=8,
-        color=style.CEILING,
-        rotation=0,
+    # Where each roof is the lower one and no curve crosses it: beside its foot, and before its far end.
+    names = (
+        (f"HBM, {mode}: {read:.2f} TB/s", 1.4 * intensity[0], (8, -8)),
+        (f"matmul, {mode}: {matmul:.0f} TFLOP/s", matmul / read, (0, 3)),
     )
+    for text, at, offset in names:
+        axes.annotate(
+            text,
+            (at, min(read * at, matmul)),
+            xytext=offset,
+            textcoords="offset points",
+            fontsize=8,
+            color=style.CEILING,
+        )
 
 
 def _log_axes(axes: Axes) -> None:
