@@ -69,8 +69,6 @@ class DecodeParams(ctypes.Structure):
         ("max_tokens", ctypes.c_int),
         ("total_q", ctypes.c_int),
         ("pad", ctypes.c_char * 12),
-        ("kv_group_map", ctypes.c_uint64 * 16),
-        ("q_group_map", ctypes.c_uint64 * 16),
     )
 
 
