@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable
 
 from .figures import HBM_READ, MATMUL
-from .records import Ceiling
+from .measurements import Ceiling
 from .timing import burst, capture, sustained
 
 READ_BYTES = 4 << 30  # 70 times the L2

@@ -1,7 +1,8 @@
 """Figures derived from records: the one place where FLOP, bytes, rates, intervals and energy are defined.
 
 Counted is an absorbed MLA decode of ``s_q`` query tokens and ``h_q`` heads over a latent cache of 576
-values a token (512 latent + 64 rope), of which the first 512 are also the values.
+values a token (512 latent + 64 rope), of which the first 512 are also the values; or a prefill, whose mask
+does subtract: only the pairs of query and key that see each other count.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import statistics
 
 from mla_kernels.arguments import HEAD_DIM, HEAD_DIM_V
 
-from .records import Ceiling, Measurement, Mode, Point, Record, Workload
+from .calls import PrefillWorkload, Workload
+from .measurements import Ceiling, Measurement, Mode
+from .records import Point, Record
 
 ELEMENT_BYTES = 2  # bf16 and fp16
 
@@ -20,23 +23,50 @@ MATMUL = "matmul_bf16_8192"  # ceiling: torch.matmul of 8192^3 bf16 random value
 DECODE = "mla_kernels"
 
 
-def flop(workload: Workload) -> int:
-    """2 · Σ(s_q · h_q · kv_len) · (576 + 512). A causal mask subtracts nothing."""
+AnyWorkload = Workload | PrefillWorkload
+
+
+def flop(workload: AnyWorkload) -> int:
+    """Decode: 2 · Σ(s_q · h_q · kv_len) · (576 + 512), a causal mask subtracts nothing.
+
+    Prefill: 2 · Σ(pairs that see each other) · h_q · (d_qk + d_v).
+    """
+    if isinstance(workload, PrefillWorkload):
+        return 2 * visible_pairs(workload) * workload.h_q * (workload.d_qk + workload.d_v)
     return 2 * workload.s_q * workload.h_q * sum(workload.lengths) * (HEAD_DIM + HEAD_DIM_V)
 
 
-def kv_bytes(workload: Workload) -> int:
-    """Σ kv_len · 1152: every cached token once."""
+def visible_pairs(workload: PrefillWorkload) -> int:
+    """Pairs of query and key of one head that see each other; causal: query i of s_q sees i + s_k - s_q + 1
+    keys, where that is positive."""
+    pairs = 0
+    for s_q, s_k in zip(workload.lengths_q, workload.lengths_k, strict=True):
+        blind = max(0, s_q - s_k) if workload.causal else 0  # queries at the start that see nothing
+        seeing = s_q - blind
+        hidden = seeing * (seeing - 1) // 2 if workload.causal else 0
+        pairs += seeing * s_k - hidden
+    return pairs
+
+
+def kv_bytes(workload: AnyWorkload) -> int:
+    """Decode: Σ kv_len · 1152, every cached token once. Prefill: its keys and values."""
+    if isinstance(workload, PrefillWorkload):
+        columns = workload.h_kv * (workload.d_qk + workload.d_v)
+        return sum(workload.lengths_k) * columns * ELEMENT_BYTES
     return sum(workload.lengths) * HEAD_DIM * ELEMENT_BYTES
 
 
-def moved_bytes(workload: Workload) -> int:
-    """Least traffic with HBM: each cached token and q read once, out written once (LSE, tables left out)."""
-    rows = workload.b * workload.s_q * workload.h_q
-    return kv_bytes(workload) + rows * (HEAD_DIM + HEAD_DIM_V) * ELEMENT_BYTES
+def moved_bytes(workload: AnyWorkload) -> int:
+    """Least traffic with HBM: each cached token (key, value) and q read once, out written once (LSE, tables
+    left out)."""
+    if isinstance(workload, PrefillWorkload):
+        rows, columns = sum(workload.lengths_q) * workload.h_q, workload.d_qk + workload.d_v
+    else:
+        rows, columns = workload.b * workload.s_q * workload.h_q, HEAD_DIM + HEAD_DIM_V
+    return kv_bytes(workload) + rows * columns * ELEMENT_BYTES
 
 
-def intensity(workload: Workload) -> float:
+def intensity(workload: AnyWorkload) -> float:
     """FLOP per byte of HBM traffic."""
     return flop(workload) / moved_bytes(workload)
 
@@ -49,9 +79,24 @@ def query_rows(workload: Workload) -> int:
 def label(point: Point) -> str:
     """Mode and workload of a point in words, as findings and progress name it."""
     w = point.workload
+    if isinstance(w, PrefillWorkload):
+        return f"{point.mode}, {prefill_label(w)}"
     kv = f"{w.mean_len:g}" if w.lengths_kind == "uniform" else f"{w.lengths_kind} {w.mean_len:g}±{w.sd_len:g}"
     dtype = "" if w.dtype == "bf16" else f", {w.dtype}"
     return f"{point.mode}, h_q {w.h_q}, s_q {w.s_q}, b {w.b}, kv {kv}{dtype}"
+
+
+def prefill_label(w: PrefillWorkload) -> str:
+    """A prefill in words: batch, length (queries over keys if they differ), heads, head dims, mask, form."""
+    length = (
+        f"{w.mean_len:g}" if w.lengths_kind == "uniform" else f"{w.lengths_kind} {w.mean_len:g}±{w.sd_len:g}"
+    )
+    if w.lengths_q != w.lengths_k:
+        length = f"{sum(w.lengths_q) // w.b} over {length}"
+    heads = f"h {w.h_q}" if w.h_q == w.h_kv else f"h {w.h_q} over {w.h_kv}"
+    dims = f"d {w.d_qk}" if w.d_qk == w.d_v else f"d {w.d_qk}/{w.d_v}"
+    form = (", causal" if w.causal else "") + (", ragged" if w.ragged else "")
+    return f"b {w.b}, s {length}, {heads}, {dims}{form}" + ("" if w.dtype == "bf16" else f", {w.dtype}")
 
 
 def point_flop(point: Point) -> int:
@@ -89,8 +134,10 @@ def tb_s(point: Point) -> float:
     return point_bytes(point) / point.per_call_us / 1e6
 
 
-def tokens(workload: Workload) -> int:
-    """Tokens one call decodes in one layer: b · s_q."""
+def tokens(workload: AnyWorkload) -> int:
+    """Query tokens of one call in one layer."""
+    if isinstance(workload, PrefillWorkload):
+        return sum(workload.lengths_q)
     return workload.b * workload.s_q
 
 
@@ -100,7 +147,7 @@ def host_us(point: Point) -> float | None:
 
 
 def joules_per_token(point: Point) -> float | None:
-    """Energy of one layer's attention for one query token: mean power · time / (b · s_q).
+    """Energy of one layer's attention for one query token: mean power · time / tokens.
 
     None where the point is not sustained or no power was read.
     """
@@ -128,7 +175,7 @@ def compute_share(record: Record, point: Point) -> float:
     return tflops(point) / find_ceiling(record, MATMUL, point.mode).value
 
 
-def floor_us(record: Record, workload: Workload, mode: Mode = "burst") -> float:
+def floor_us(record: Record, workload: AnyWorkload, mode: Mode = "burst") -> float:
     """Roofline: the longer of the bytes at the read ceiling and the FLOP at the matmul ceiling, in µs."""
     bytes_us = moved_bytes(workload) / find_ceiling(record, HBM_READ, mode).value / 1e6
     flop_us = flop(workload) / find_ceiling(record, MATMUL, mode).value / 1e6

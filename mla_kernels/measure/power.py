@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from .records import Telemetry
+from .measurements import Telemetry
 
 SAMPLE_SECONDS = 0.02
 

@@ -11,21 +11,22 @@ from __future__ import annotations
 import json
 import os
 import re
-import statistics
 import tempfile
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AwareDatetime, Discriminator, Field, Tag, ValidationError, model_validator
 
 from mla_kernels.choice import TuningTable
 
 from .allocations import Churn, Footprint, Latency
+from .calls import PrefillWorkload, Workload
+from .measurements import Ceiling, Count, Measurement, Microseconds, Section
 
-SCHEMA_VERSION = 4
-# What 2 to 4 added is optional: `host` and `memory` of a point, errors of a peer; `tuning`; `latencies`,
-# `footprints`, `churns`.
-READABLE_VERSIONS = (1, 2, 3, 4)
+SCHEMA_VERSION = 5
+# What 2 to 5 added is optional: `host` and `memory` of a point, errors of a peer; `tuning`; `latencies`,
+# `footprints`, `churns`; a point's workload may be a prefill.
+READABLE_VERSIONS = (1, 2, 3, 4, 5)
 REMEDY = "restore the file from git, or measure again with `make record` on a GPU"
 
 # Largest error that an implementation may have and still be timed: relative L2 of out by dtype, absolute LSE.
@@ -38,10 +39,7 @@ ALTERNATIVE = "alternative:"  # what one does instead (alternatives.py): the pee
 PEER_OUT_REL_L2_LIMIT = {"bf16": 1.2e-2, "fp16": 2e-3}
 PEER_LSE_MAX_ABS_LIMIT = 1e-2
 
-Microseconds = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Mode = Literal["burst", "sustained"]
 
 
 class RecordError(Exception):
@@ -52,11 +50,7 @@ class RecordError(Exception):
         super().__init__(f"{path}: {field}: {found}; {remedy}")
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Run(_Section):
+class Run(Section):
     """One run of the recorder. ``commit`` is the measured tree; ``dirty`` says it had uncommitted changes."""
 
     id: str
@@ -66,7 +60,7 @@ class Run(_Section):
     command: str
 
 
-class Kernel(_Section):
+class Kernel(Section):
     """A compiled kernel: ``source`` is a file of ``mla_kernels/cuda``, ``digest`` its source_digest()."""
 
     name: str
@@ -79,11 +73,11 @@ class Kernel(_Section):
     shared_bytes: Count
 
 
-class Source(_Section):
-    kernels: list[Kernel] = []
+class Source(Section):
+    kernels: list[Kernel] = Field(default_factory=list)
 
 
-class Device(_Section):
+class Device(Section):
     name: str
     compute_capability: Annotated[str, Field(pattern=r"^\d+\.\d+$")]
     driver: str
@@ -95,7 +89,7 @@ class Device(_Section):
     power_limit_w: float | None
 
 
-class Software(_Section):
+class Software(Section):
     python: str
     torch: str | None
     cupy: str | None
@@ -104,7 +98,7 @@ class Software(_Section):
     platform: str
 
 
-class Method(_Section):
+class Method(Section):
     """How the samples were taken: ``rounds`` samples a burst point, a mean of ``calls_per_sample`` calls.
 
     ``l2_rotation_bytes``: the KV sets that a point rotates through total at least this, unless they are one.
@@ -117,113 +111,10 @@ class Method(_Section):
     graph: bool
     seed: int
     sustained_seconds: Annotated[float, Field(ge=0)]
-    notes: list[str] = []
+    notes: list[str] = Field(default_factory=list)
 
 
-class Telemetry(_Section):
-    """A snapshot of the card; a value the driver does not give is null."""
-
-    sm_mhz: Count | None
-    mem_mhz: Count | None
-    power_w: float | None
-    temperature_c: float | None
-    throttle: list[str]
-
-
-class Sustained(_Section):
-    """A window of uninterrupted load after the ramp-up: ``calls`` calls in ``seconds``.
-
-    ``energy_j`` is what the card's energy counter gives for the window (its slope between the counter's
-    changes, times ``seconds``), null where there is no counter.
-    """
-
-    seconds: Annotated[float, Field(gt=0)]
-    calls: Annotated[int, Field(gt=0)]
-    ramp_seconds: Annotated[float, Field(ge=0)]
-    energy_j: Annotated[float, Field(gt=0)] | None
-    power_samples_w: list[float]
-    sm_mhz_samples: list[Count]
-    throttle: list[str]
-
-    @property
-    def mean_power_w(self) -> float | None:
-        """Watts over the window: from the energy counter, else the samples; None if neither is there."""
-        if self.energy_j is not None:
-            return self.energy_j / self.seconds
-        return statistics.fmean(self.power_samples_w) if self.power_samples_w else None
-
-
-class Measurement(_Section):
-    """What a timed loop leaves behind, whatever was timed."""
-
-    mode: Mode
-    samples_us: list[Microseconds] = []
-    calls_per_sample: Count = 0
-    before: Telemetry | None = None
-    after: Telemetry | None = None
-    sustained: Sustained | None = None
-
-    @property
-    def per_call_us(self) -> float:
-        """Time of one call in µs: median sample in a burst, window over its calls when sustained."""
-        if self.sustained is not None:
-            return 1e6 * self.sustained.seconds / self.sustained.calls
-        return statistics.median(self.samples_us)
-
-    def _require_samples(self) -> None:
-        if not self.samples_us or self.calls_per_sample < 1:
-            raise ValueError("a measurement needs samples_us and calls_per_sample >= 1")
-        if (self.mode == "sustained") != (self.sustained is not None):
-            must = "given" if self.mode == "sustained" else "null"
-            raise ValueError(f"mode is {self.mode!r}, so `sustained` must be {must}")
-
-
-class Ceiling(Measurement):
-    """A limit of this card measured in the same run: ``bytes`` read or ``flop`` done by one call."""
-
-    name: str
-    flop: Annotated[int, Field(gt=0)] | None = None
-    bytes: Annotated[int, Field(gt=0)] | None = None
-
-    @property
-    def unit(self) -> str:
-        return "TFLOP/s" if self.flop is not None else "TB/s"
-
-    @property
-    def value(self) -> float:
-        """The ceiling in ``unit``."""
-        return (self.flop if self.flop is not None else self.bytes) / self.per_call_us / 1e6
-
-    @model_validator(mode="after")
-    def _check(self) -> Ceiling:
-        self._require_samples()
-        if (self.flop is None) == (self.bytes is None):
-            raise ValueError("a ceiling counts either flop or bytes")
-        return self
-
-
-class Workload(_Section):
-    """One decode call: ``mean_len`` and ``sd_len`` were asked for, ``lengths`` (KV tokens) drawn."""
-
-    b: Annotated[int, Field(gt=0)]
-    h_q: Annotated[int, Field(gt=0)]
-    s_q: Annotated[int, Field(gt=0)]
-    dtype: Literal["bf16", "fp16"] = "bf16"
-    causal: bool = False
-    page_size: Annotated[int, Field(gt=0)] = 64
-    lengths_kind: Literal["uniform", "normal", "lognormal", "explicit"] = "uniform"
-    mean_len: Annotated[float, Field(ge=0)]
-    sd_len: Annotated[float, Field(ge=0)] = 0.0
-    lengths: tuple[Count, ...]  # a tuple, so that a workload can be a key
-
-    @model_validator(mode="after")
-    def _check(self) -> Workload:
-        if len(self.lengths) != self.b:
-            raise ValueError(f"b is {self.b} but lengths holds {len(self.lengths)} values")
-        return self
-
-
-class Accuracy(_Section):
+class Accuracy(Section):
     """Error against the fp64 oracle on the inputs that were timed; ``reference`` says what was compared."""
 
     out_rel_l2: Annotated[float, Field(ge=0)]
@@ -241,18 +132,30 @@ class Accuracy(_Section):
         return None
 
 
-class Host(_Section):
+class Host(Section):
     """Wall time of the host: of one eager call (samples, each a mean of a batch), and of a plan if needed."""
 
     call_us: Annotated[list[Microseconds], Field(min_length=1)]
-    plan_us: list[Microseconds] = []
+    plan_us: list[Microseconds] = Field(default_factory=list)
 
 
-class Memory(_Section):
+class Memory(Section):
     """Bytes on the GPU: the cache of one KV set, and what else a call needed (q and out apart)."""
 
     cache_bytes: Count
     workspace_bytes: Count
+
+
+def _kind_of_call(fields: object) -> str:
+    has_key_heads = "d_qk" in fields if isinstance(fields, dict) else isinstance(fields, PrefillWorkload)
+    return PREFILL_CALL if has_key_heads else DECODE_CALL
+
+
+DECODE_CALL, PREFILL_CALL = "(decode)", "(prefill)"  # not part of a field's name
+AnyWorkload = Annotated[
+    Annotated[Workload, Tag(DECODE_CALL)] | Annotated[PrefillWorkload, Tag(PREFILL_CALL)],
+    Discriminator(_kind_of_call),
+]
 
 
 def rounds_more(implementation: str) -> bool:
@@ -266,12 +169,13 @@ class Point(Measurement):
     ``implementation``: "mla_kernels", one variant of it as ``mla_kernels.tuning`` writes it
     ("mla_kernels[rows=64,ahead_boxes=1]"), a block ("block:stream", "block:mma", "block:skeleton"), a peer
     ("peer:flash_mla" ...) or what one does instead ("alternative:padded" ...).
-    ``kv_sets``: KV caches rotated through; 1 means that the same cache is read again by every call.
+    ``kv_sets``: KV caches (of prefill: queries, keys and values) rotated through; 1 means that the same are
+    read again by every call.
     ``counters``: of one call, from the profiler; where they were asked for and not had, null and a reason.
     """
 
     implementation: str
-    workload: Workload
+    workload: AnyWorkload
     status: Literal["ok", "failed", "skipped"]
     reason: str | None = None
     error: Accuracy | None = None
@@ -299,7 +203,7 @@ class Point(Measurement):
             if self.samples_us or self.sustained:
                 raise ValueError(f"status is {self.status!r}, so there must be no samples")
             return self
-        self._require_samples()
+        self.require_samples()
         if self.kv_sets < 1:
             raise ValueError("a timed point needs kv_sets >= 1")
         if self.is_attention:
@@ -312,20 +216,20 @@ class Point(Measurement):
         return self
 
 
-class Suite(_Section):
+class Suite(Section):
     passed: Count
     failed: Count
     skipped: Count
 
 
-class Verification(_Section):
+class Verification(Section):
     """Outcome of the GPU tests: counts by suite; worst error by name, e.g. "out_rel_l2/bf16"."""
 
     suites: dict[str, Suite]
     worst: dict[str, float]
 
 
-class Variant(_Section):
+class Variant(Section):
     """An entry of a tuning table: ``Cost`` of mla_kernels.choice, ``DecodeTuning`` of mla_kernels.tuning."""
 
     start_us: Annotated[float, Field(gt=0)]
@@ -345,7 +249,7 @@ class Variant(_Section):
     programmatic: bool
 
 
-class Record(_Section):
+class Record(Section):
     schema_version: Literal[READABLE_VERSIONS] = SCHEMA_VERSION
     experiment: str
     run: Run
@@ -353,13 +257,13 @@ class Record(_Section):
     device: Device
     software: Software
     method: Method | None = None
-    ceilings: list[Ceiling] = []
-    points: list[Point] = []
+    ceilings: list[Ceiling] = Field(default_factory=list)
+    points: list[Point] = Field(default_factory=list)
     verification: Verification | None = None
     tuning: list[Variant] | None = None  # the tuner's table
-    latencies: list[Latency] = []
-    footprints: list[Footprint] = []
-    churns: list[Churn] = []
+    latencies: list[Latency] = Field(default_factory=list)
+    footprints: list[Footprint] = Field(default_factory=list)
+    churns: list[Churn] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _check(self) -> Record:
@@ -428,7 +332,8 @@ def _first_problem(error: ValidationError) -> tuple[str, str]:
     """(dotted field, what was found) of the first of pydantic's errors, with the number of the others."""
     problems = error.errors(include_url=False, include_context=False)
     first = problems[0]
-    field = ".".join(map(str, first["loc"])) or "(file)"
+    place = [str(part) for part in first["loc"] if part not in (DECODE_CALL, PREFILL_CALL)]
+    field = ".".join(place) or "(file)"
     value = repr(first["input"])
     shown = "" if first["type"] == "missing" else f" (found {value[:80]}{'…' if len(value) > 80 else ''})"
     more = f", and {len(problems) - 1} more problems" if len(problems) > 1 else ""

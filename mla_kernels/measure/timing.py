@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from .measurements import Measurement, Sustained
 from .power import Sampler, counted_power_w, decode_throttle, meter
-from .records import Measurement, Sustained
 
 if TYPE_CHECKING:
     import torch

@@ -4,9 +4,9 @@ import datetime
 
 import pytest
 
+from mla_kernels.measure.measurements import Ceiling, Sustained
 from mla_kernels.measure.records import (
     Accuracy,
-    Ceiling,
     Device,
     Kernel,
     Method,
@@ -15,7 +15,6 @@ from mla_kernels.measure.records import (
     Run,
     Software,
     Source,
-    Sustained,
     Workload,
 )
 

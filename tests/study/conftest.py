@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import pytest
 
 from mla_kernels.compiler import source_digest
-from mla_kernels.measure import experiment, figures, records
+from mla_kernels.measure import experiment, figures, measurements, records
 from mla_kernels.measure.experiments import EXPERIMENTS
 from mla_kernels.measure.workloads import sets_to_defeat_l2
 
@@ -99,7 +99,7 @@ def _counts(implementation, workload):
 def _window(us, power):
     calls = 30_000
     seconds = us * 1e-6 * calls
-    return records.Sustained(
+    return measurements.Sustained(
         seconds=seconds,
         calls=calls,
         ramp_seconds=1.0,
@@ -125,7 +125,7 @@ def make_record(name, points, **sections):
             )
             timed = {"samples_us": [us] * 15, "calls_per_sample": 3, "mode": mode}
             timed |= {"sustained": _window(us, 600.0)} if mode == "sustained" else {}
-            ceilings.append(records.Ceiling(name=ceiling, **work, **timed))
+            ceilings.append(measurements.Ceiling(name=ceiling, **work, **timed))
     kernel = {"options": ["-arch=sm_90a"], "cubin_sha256": "b" * 64, "registers": 168, "stack_bytes": 0}
     defaults = {
         "experiment": name,
