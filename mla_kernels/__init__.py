@@ -10,6 +10,7 @@ __all__ = [
     "mla_append",
     "mla_decode",
     "mla_prefill",
+    "mla_prefill_paged",
 ]
 
 _HOMES = {
@@ -19,6 +20,7 @@ _HOMES = {
     "mla_append": "mla_kernels.append",
     "mla_decode": "mla_kernels.decode",
     "mla_prefill": "mla_kernels.prefill",
+    "mla_prefill_paged": "mla_kernels.chunked_prefill",
 }
 
 

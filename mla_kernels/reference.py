@@ -1,6 +1,7 @@
 """What MLA decode computes, in fp64: the oracle of every test and record. Read this before any kernel.
 
-(And what appending to the cache computes: ``mla_append_reference``.)
+(And what appending to the cache computes, ``mla_append_reference``, and prefill over it,
+``mla_prefill_paged_reference``.)
 
 Multi-head Latent Attention (DeepSeek-V2, section 2.1) caches one line per token instead of keys and
 values per head:
@@ -125,6 +126,45 @@ def _ragged_reference(
             )
             out[begin:end], lse[:, begin:end] = one_out[0], one_lse[0]
     return out, lse
+
+
+def mla_prefill_paged_reference(
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    w_uk: torch.Tensor,
+    w_uv: torch.Tensor,
+    *,
+    cu_seqlens_q: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    softmax_scale: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prefill over a latent cache in fp64, in the absorbed form: no key and no value is ever made.
+
+    Args:
+        q: (total_q, h, d + rope) of any float dtype: the query of each head as a model projects it.
+        kv_cache, block_table: as above, of lines of latent + rope.
+        w_uk, w_uv: (h, d, latent), (h, d_v, latent).
+        cu_seqlens_q, cache_seqlens: as above; the queries are each sequence's last tokens, causal.
+        softmax_scale: factor on the logits, (d + rope) ** -0.5 when None.
+
+    Returns:
+        out (total_q, h, d_v) and lse (h, total_q), both fp64.
+    """
+    _, nope, latent = w_uk.shape
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    absorbed = torch.einsum("thd,hdl->thl", q[..., :nope].double(), w_uk.double())
+    out, lse = mla_decode_reference(
+        torch.cat([absorbed, q[..., nope:].double()], -1),
+        kv_cache,
+        block_table,
+        cache_seqlens,
+        head_dim_v=latent,
+        softmax_scale=scale,
+        causal=True,
+        cu_seqlens_q=cu_seqlens_q,
+    )
+    return torch.einsum("thl,hdl->thd", out, w_uv.double()), lse
 
 
 def merge_partials_reference(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
