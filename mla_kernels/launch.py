@@ -69,6 +69,7 @@ class DecodeParams(ctypes.Structure):
         ("max_tokens", ctypes.c_int),
         ("total_q", ctypes.c_int),
         ("pad", ctypes.c_char * 12),
+        ("rotary_map", ctypes.c_uint64 * 16),  # read where pages come in pieces only
     )
 
 
@@ -162,6 +163,20 @@ def kv_tensor_map(kv_cache: torch.Tensor) -> ctypes.Array:
     return _tensor_map(kv_cache, (page_size, num_pages), strides, min(page_size, 64))
 
 
+def kv_pieces_map(kv_cache: torch.Tensor) -> ctypes.Array:
+    """The same pool, of pages of at least 8, as (64 columns, 8 tokens, 9, page_size / 8, num_pages).
+
+    A box is four times 64 columns of 64 tokens or of a page: a piece of a group of cuda/producer.cuh.
+    """
+    num_pages, page_size = kv_cache.shape[:2]
+    token, page = kv_cache.stride(1), kv_cache.stride(0)
+    sizes, strides = (
+        (64, 8, kv_cache.shape[-1] // 64, page_size // 8, num_pages),
+        (token, 64, 8 * token, page),
+    )
+    return tensor_map(kv_cache.data_ptr(), kv_cache.dtype, sizes, strides, 8, 4, min(page_size, 64) // 8)
+
+
 def token_pool(kv_cache: torch.Tensor, q: torch.Tensor) -> ctypes.Array:
     """``TokenPool`` of cuda/schedule.cuh, in the place of the pool's tensor map."""
     addresses = (kv_cache.data_ptr(), q.data_ptr(), kv_cache.stride(0), kv_cache.stride(1))
@@ -189,12 +204,13 @@ def _tensor_map(
 
 
 def tensor_map(
-    address: int, dtype: torch.dtype, sizes: tuple[int, ...], strides: tuple[int, ...], rows: int
+    address: int, dtype: torch.dtype, sizes: tuple[int, ...], strides: tuple[int, ...], *box: int
 ) -> ctypes.Array:
-    """Tensor map of 16-bit elements at ``address``: boxes of 64 columns x ``rows``, 128-byte swizzle.
+    """Tensor map of 16-bit elements at ``address``: boxes of 64 columns x ``box``, 128-byte swizzle.
 
     ``sizes`` from the innermost dimension, whose elements are contiguous; ``strides`` in elements, of the
-    others. Parts of a box outside the tensor are zero.
+    others. ``box``: from the second dimension on, 1 where it is left out. Parts of a box outside the tensor
+    are zero.
     """
     rank = len(sizes)
     storage = (ctypes.c_uint64 * 32)()  # room to align by hand: the driver wants 64 bytes
@@ -207,7 +223,7 @@ def tensor_map(
         ctypes.c_void_p(address),
         (ctypes.c_uint64 * rank)(*sizes),
         (ctypes.c_uint64 * (rank - 1))(*(stride * 2 for stride in strides)),
-        (ctypes.c_uint32 * rank)(64, rows, *(1,) * (rank - 2)),
+        (ctypes.c_uint32 * rank)(64, *box, *(1,) * (rank - 1 - len(box))),
         (ctypes.c_uint32 * rank)(*(1,) * rank),
         ctypes.c_int(0),
         ctypes.c_int(_CU_SWIZZLE_128B),

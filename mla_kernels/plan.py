@@ -118,7 +118,7 @@ class DecodePlan:
             if self._pages == "tokens":
                 params.kv_map = launch.token_pool(kv_cache, q)
             elif kv_address != self._mapped[0]:
-                params.kv_map = self._map(0, kv_address, lambda: launch.kv_tensor_map(kv_cache))
+                params.kv_map, params.rotary_map = self._map(0, kv_address, lambda: self._kv_maps(kv_cache))
             if q_address != self._mapped[1]:
                 params.q_map = self._map(1, q_address, lambda: self._query_map(q))
             if cu_seqlens_q is not None:
@@ -130,12 +130,16 @@ class DecodePlan:
             params.partials, params.arrivals = workspace.addresses(stream, self._room)
             self._kernel.launch(self._grid, stream, self._arguments)
 
+    def _kv_maps(self, kv_cache) -> tuple[ctypes.Array, ctypes.Array]:
+        whole = launch.kv_tensor_map(kv_cache)
+        return launch.kv_pieces_map(kv_cache) if self._pages == "pieces" else whole, whole
+
     def _query_map(self, q) -> ctypes.Array:
         tiles = self._pages.startswith("tiles")
         encode = launch.query_tensor_map if tiles else launch.flat_query_tensor_map
         return encode(q, self._rows)
 
-    def _map(self, which: int, address: int, encode) -> ctypes.Array:
+    def _map(self, which: int, address: int, encode):
         maps = self._maps[which]
         found = maps.get(address)
         if found is None:

@@ -17,7 +17,6 @@ WORK = {"decode": 0, "stream": 1, "mma": 2, "skeleton": 3}  # enum class Work of
 Pages = Literal["tiles", "tiles128", "tiles256", "pieces", "tokens"]
 PAGES = {"tiles": 64, "tiles128": 128, "tiles256": 256, "pieces": 0, "tokens": 1}
 PAGE_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-PRODUCER_REGISTERS = {"pieces": 40, "tokens": 56}  # at least
 
 # cuda/layout.cuh
 TILE_TOKENS = 64
@@ -36,6 +35,14 @@ def pages_of(page_size: int, ragged: bool) -> Pages:
     if page_size >= TILE_TOKENS and not ragged:
         return "tiles" if page_size == TILE_TOKENS else f"tiles{page_size}"
     return "pieces" if page_size >= 8 else "tokens"
+
+
+def loader_registers(pages: Pages, rows: int) -> int:
+    """What a thread of the producer's warpgroup needs at least, where pages are no tiles (0: of tiles)."""
+    if pages == "tokens":
+        # three warps gather, and unroll less than two (cuda/producer.cuh)
+        return 48 if rows == TILE_TOKENS else 56
+    return 40 if pages == "pieces" else 0
 
 
 class TuningError(ValueError):
@@ -227,22 +234,22 @@ class DecodeTuning:
     def for_pages(self, pages: Pages) -> DecodeTuning:
         """The same where pages are no tiles: their loader wants more registers.
 
-        With 64 rows the scores have none to give while they hold queries. Then most queries go back to shared
-        memory, and the ring is half a tile shorter. By itself that costs 13 to 15 % where compute binds
-        (data/h200/tuning.json, ``group_slots=4,register_steps=4``). Such pages lose 42 to 59 % there
-        (paging.json, one H100, h_q 128): the rest is not explained yet.
+        With 64 rows the scores give them, and a box of queries goes back to shared memory. It takes the place
+        of a rotary box of the ring, not of a group: with 2 tiles instead of 2 1/2 pages of 32 took 450 us
+        instead of 278 (scratch, one H100, h_q 128, b 128, kv 4096).
         """
-        if pages not in PRODUCER_REGISTERS:
+        wanted = loader_registers(pages, self.rows)
+        if wanted == 0:
             return self
-        more = max(0, PRODUCER_REGISTERS[pages] - self.producer_registers)
+        more = max(0, wanted - self.producer_registers)
         changed = {
             "score_registers": self.score_registers - more,
             "producer_registers": self.producer_registers + more,
         }
         if self.rows == 64:
             changed |= {
-                "group_slots": min(self.group_slots, 4),
-                "register_steps": min(self.register_steps, 4),
+                "rotary_slots": min(self.rotary_slots, 2),
+                "register_steps": min(self.register_steps, 12),
             }
         return dataclasses.replace(self, **changed)
 

@@ -63,7 +63,7 @@ def test_a_warp_waits_for_every_use_of_its_slots(tmp_path: Path) -> None:
     headers = tmp_path / "cuda"
     shutil.copytree(CUDA_DIR, headers)
     path = headers / "producer.cuh"
-    own_slots = "if ((2 * slot >= kGroupSlots) != (warp == 1)) continue;"
+    own_slots = "if (loader_of(slot) != warp) continue;"
     assert own_slots in path.read_text()
     path.write_text(path.read_text().replace(own_slots, "if (g != warp) continue;"))
     complaints = play(build(tmp_path, 16, headers=headers, **IN_PIECES[16]), cases=1000)

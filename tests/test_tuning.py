@@ -185,9 +185,9 @@ def test_each_page_size_has_its_way_into_tiles():
 def test_loaders_of_small_pages_get_registers_and_the_ring_still_fits(rows):
     shipped = VARIANTS[rows]
     assert shipped.for_pages("tiles") is shipped is shipped.for_pages("tiles256")
-    for pages, least in tuning.PRODUCER_REGISTERS.items():
+    for pages in ("pieces", "tokens"):
         made = shipped.for_pages(pages)  # checks itself
-        assert made.producer_registers >= least
+        assert made.producer_registers >= tuning.loader_registers(pages, rows) > 32
         macros = dict(shipped.kernel_config("bf16", pages=pages).defines)
         assert macros["MLA_PAGE_SIZE"] == tuning.PAGES[pages]
         assert macros["MLA_GROUP_SLOTS"] == made.group_slots

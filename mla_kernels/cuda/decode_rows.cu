@@ -93,14 +93,14 @@ struct Scores {
         for (int i = 0; i < kRegisterSteps; ++i) {
             const int c = i / kStepsPerBox, step = i % kStepsPerBox;
             if (kLoads && step == 0) smem.ring.wait_box(ordinal, c);
-            const u32 box = smem_address(smem.ring.box(ordinal, c));
+            const u32 box = smem_address(smem.ring.query_box(ordinal, c));
             ldmatrix_x4(q[i], box + swizzled_offset(warp * 16 + (lane & 15), step * 2 + lane / 16));
         }
         named_barrier_sync(kBarrierScore, kScoreThreads);  // no warp multiplies the queries before
 #pragma unroll
         for (int c = 0; c < kQueryBoxes; ++c) {
             if (kLoads) smem.ring.wait_box(ordinal, kRegisterBoxes + c);
-            const auto* from = reinterpret_cast<const uint4*>(smem.ring.box(ordinal, kRegisterBoxes + c));
+            const auto* from = reinterpret_cast<const uint4*>(smem.ring.query_box(ordinal, kRegisterBoxes + c));
             auto* to = reinterpret_cast<uint4*>(smem.q[c]);
 #pragma unroll
             for (int i = 0; i < kBoxBytes / 16; i += kScoreThreads) to[i + thread] = from[i + thread];
@@ -125,8 +125,9 @@ struct Scores {
                 const int i = c * kStepsPerBox + step;
                 float (&s)[kTileTokens / 2] = step % 2 == 0 ? even : odd;
                 const bool accumulate = c > kFirst || step > 1 || !(step == 0 ? fresh_even : fresh_odd);
-                if (i < kRegisterSteps) wgmma_rs_n64(s, q[i < kRegisterSteps ? i : 0], k + step * kAdvanceAlongRow, accumulate);
-                else wgmma_ss<kTileTokens, 0, 0>(s, query + step * kAdvanceAlongRow, k + step * kAdvanceAlongRow, accumulate);
+                const u32 stride = c == kRotaryBox ? 1024 : kRowsStride;
+                if (i < kRegisterSteps) wgmma_rs_n64(s, q[i < kRegisterSteps ? i : 0], k + step * kAdvanceAlongRow, accumulate, stride);
+                else wgmma_ss<kTileTokens, 0, 0>(s, query + step * kAdvanceAlongRow, k + step * kAdvanceAlongRow, accumulate, 1024, stride);
             }
         }
         wgmma_commit();
@@ -318,7 +319,7 @@ struct Values {
 #pragma unroll
                 for (int part = 0; part < kPvParts; ++part)
                     wgmma_ss<kPvColumns, 0, 1>(o[part], probabilities + step * kAdvanceAlongRow,
-                                               v + part * (kPvColumns / kBoxColumns * kBoxBytes >> 4) + step * kAdvanceDownRows, true);
+                                               v + part * (kPvColumns / kBoxColumns * kBoxStride >> 4) + step * kAdvanceDownRows, true, 1024, kRowsStride);
             wgmma_commit();
             wgmma_wait<0>();
         }

@@ -86,7 +86,7 @@ struct Scores {
 #pragma unroll
             for (int step = 0; step < kStepsPerBox; ++step)
                 wgmma_ss<kRows, 0, 0>(chain[c / kBoxesAChain * kStepsPerBox + step], kv + step * kAdvanceAlongRow,
-                                      q + step * kAdvanceAlongRow, c % kBoxesAChain > 0);
+                                      q + step * kAdvanceAlongRow, c % kBoxesAChain > 0, c == kRotaryBox ? 1024 : kRowsStride);
         }
         wgmma_commit();
         wgmma_wait<0>();
@@ -261,8 +261,8 @@ struct Values {
             for (int step = 0; step < kStepsPerBox; ++step)
 #pragma unroll
                 for (int c = 0; c < kGroupBoxes; ++c)
-                    wgmma_ss<kRows, 1, 0>(o[c], v + c * (kBoxBytes >> 4) + step * kAdvanceDownRows,
-                                          probabilities + step * kAdvanceAlongRow, true);
+                    wgmma_ss<kRows, 1, 0>(o[c], v + c * (kBoxStride >> 4) + step * kAdvanceDownRows,
+                                          probabilities + step * kAdvanceAlongRow, true, kRowsStride);
             wgmma_commit();
             wgmma_wait<0>();
         }

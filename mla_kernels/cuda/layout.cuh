@@ -12,6 +12,7 @@ enum : int { kPageTiles = kPageTokens >= kTileTokens ? kPageTokens / kTileTokens
 enum : bool {
     kPageIsTile = kPageTokens >= kTileTokens,  // one, or several
     kGathers = kPageTokens == 1,  // warps bring tokens one by one; otherwise TMA, a tile, or a piece of one or a page, at a time
+    kPieces = !kPageIsTile && !kGathers,
     kRagged = !kPageIsTile,       // sequences may have query tokens of their own number
 };
 
@@ -30,13 +31,22 @@ constexpr int kStepsPerBox = kBoxColumns / kStepK;
 constexpr int kGroupBoxes = kBoxesV / 2;
 constexpr int kGroups = 2;  // a tile
 
+// How a group's boxes lie: one after the other; or, so that one TMA instruction brings a piece of all four, eight rows of each
+// side by side. (A box at a time, a tile of pages of 16 takes 36 instructions, and the TMA unit more than a tile's time: with
+// 64 rows 315 us instead of 297; one H100, h_q 128, b 128, kv 4096.)
+enum : u32 {
+    kRowsStride = kPieces ? kGroupBoxes * 1024 : 1024,  // bytes from eight rows of a box to its next eight
+    kBoxStride = kPieces ? 1024 : kBoxBytes,            // from a box to the next
+};
+
 // Roles, a warpgroup each: two of values, one of scores, the producer's.
 constexpr int kWarpgroup = 128;
 constexpr int kValueThreads = 2 * kWarpgroup;
 constexpr int kScoreThreads = kWarpgroup;
 constexpr int kMergeThreads = kValueThreads + kScoreThreads;  // threads 0 to 383
 constexpr int kThreads = kValueThreads + kScoreThreads + kWarpgroup;
-enum : int { kGatherThreads = 64 };  // of the producer's, where kGathers
+// Warps that bring pieces or tokens: what the producer's has, where queries come another way (decode_rows.cu) one more.
+enum : int { kLoaders = kPageIsTile ? 1 : MLA_ROWS == kTileTokens ? 3 : 2, kGatherThreads = kLoaders * 32 };
 constexpr int kMaxSharedBytes = 227 * 1024;
 
 // Named barriers (0 is __syncthreads).
@@ -53,11 +63,11 @@ __device__ __forceinline__ u32 descriptor(const void* smem, u32 leading_bytes) {
 // Rows x 64 columns, the contraction runs along the 128-byte row (K and Q in QK^T, P in PV).
 __device__ __forceinline__ u32 descriptor_k_major(const void* smem) { return descriptor(smem, 16); }
 
-// Tokens x 64 columns, the contraction runs down the rows (V); boxes side by side lie kBoxBytes apart.
-__device__ __forceinline__ u32 descriptor_token_major(const void* smem) { return descriptor(smem, kBoxBytes); }
+// Tokens x 64 columns, the contraction runs down the rows (V); boxes side by side lie kBoxStride apart.
+__device__ __forceinline__ u32 descriptor_token_major(const void* smem) { return descriptor(smem, kBoxStride); }
 
 constexpr u32 kAdvanceAlongRow = (kStepK * 2) >> 4;     // next 16 columns, in descriptor units of 16 bytes
-constexpr u32 kAdvanceDownRows = (kStepK * 128) >> 4;   // next 16 rows
+constexpr u32 kAdvanceDownRows = (kStepK / 8 * kRowsStride) >> 4;  // next 16 rows
 
 // Byte offset of 16-byte chunk `chunk` (0-7) of row `row` in a swizzled box.
 __device__ __forceinline__ u32 swizzled_offset(u32 row, u32 chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
@@ -69,7 +79,12 @@ __device__ __forceinline__ void zero_token_rows(BoxOf box_of, int first_row, int
     const int chunks = (kTileTokens - first_row) * 8;
 #pragma unroll 1
     for (int c = 0; c < kBoxesV; ++c) {
-        uint4* box = reinterpret_cast<uint4*>(box_of(c)) + first_row * 8;
-        for (int i = thread; i < chunks; i += kWarpgroup) box[i] = make_uint4(0, 0, 0, 0);
+        if constexpr (kPieces) {
+            uint4* box = reinterpret_cast<uint4*>(box_of(c));
+            for (int i = first_row * 8 + thread; i < kTileTokens * 8; i += kWarpgroup) box[i / 64 * (kRowsStride / 16) + i % 64] = make_uint4(0, 0, 0, 0);
+        } else {
+            uint4* box = reinterpret_cast<uint4*>(box_of(c)) + first_row * 8;
+            for (int i = thread; i < chunks; i += kWarpgroup) box[i] = make_uint4(0, 0, 0, 0);
+        }
     }
 }

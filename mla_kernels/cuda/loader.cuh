@@ -56,8 +56,15 @@ class ItemPages {
     int shift_, end_;
 };
 
-// Run by two warps, pages being of 8 tokens or more: a tile comes in pieces of pages, or is a part of one. (One
-// warp alone needs about 120 cycles a piece of a box: too long for pages of 8 and 16.)
+__device__ __forceinline__ const TensorMap* rotary_map(const DecodeParams& p) {
+#if MLA_PAGE_SIZE == 0
+    return &p.rotary_map;
+#else
+    return nullptr;  // not called
+#endif
+}
+
+// Run by `kLoaders` warps, pages being of 8 tokens or more: a tile comes in pieces of pages, or is a part of one.
 __device__ __forceinline__ void load_items_in_pieces(const DecodeParams& p, TileRing& ring, ItemQueue& queue, int warp) {
     const int in_page = (1 << p.page_shift) - 1;
     const int shift = min(p.page_shift, 6), rows = 1 << shift;
@@ -66,15 +73,13 @@ __device__ __forceinline__ void load_items_in_pieces(const DecodeParams& p, Tile
         if (w.request < 0) break;
         if (kLoads && w.tiles > 0) {
             if (MLA_ROWS == kTileTokens)
-                ring.load_pieces(w.ordinal - 1, warp, &p.q_map, kTileTokens, [&](int, int& y, int& z) {
-                    y = query_row(p, w, w.row_block * kTileTokens), z = query_plane(w);
-                });
+                ring.load_queries(w.ordinal - 1, warp, &p.q_map, query_row(p, w, w.row_block * kTileTokens), query_plane(w));
             const ItemPages pages(p, w, shift);
             u32 ordinal = w.ordinal;
             int lane_page = 0, place = 0;  // of the tile's first piece among the 32 that the warp knows
             for (int token = w.begin * kTileTokens, end = w.end * kTileTokens; token < end; token += kTileTokens, ++ordinal) {
                 if (place == 0) lane_page = pages.read(token, w.invalid);
-                ring.load_pieces(ordinal, warp, &p.kv_map, rows, [&](int first, int& y, int& z) {
+                ring.load_pieces(ordinal, warp, &p.kv_map, rotary_map(p), rows, [&](int first, int& y, int& z) {
                     y = (token + first) & in_page;
                     z = __shfl_sync(0xffffffffu, lane_page, place + (first >> shift));
                 });

@@ -2,7 +2,8 @@
 //
 //   0, 1  values   each multiplies P with its own four boxes of V and holds that half of O's columns
 //   2     scores   S = Q K^T, softmax, P; holds the rows' references and sums
-//   3     producer: a warp schedules, one streams tiles, one fetches queries that are not streamed
+//   3     producer: a warp schedules, one streams tiles (where pages are no tiles kLoaders do), one fetches queries that are
+//         not streamed
 //
 // At the end the first three merge what this CTA has to (merge.cuh).
 // The score warpgroup is a tile or two ahead of the value warpgroups, so that one's softmax runs under the others' WGMMA.
@@ -120,9 +121,9 @@ __device__ __forceinline__ void run_cta(const DecodeParams& p, SharedMemory& sme
             if constexpr (kPageIsTile) load_items(p, smem.ring, smem.queue);
             else if constexpr (kGathers) gather_items(p, smem.ring, smem.queue, 0);
             else load_items_in_pieces(p, smem.ring, smem.queue, 0);
-        } else if (warp == 2) smem.fetch_queries(p);
-        else if constexpr (kGathers) gather_items(p, smem.ring, smem.queue, 1);
-        else if constexpr (!kPageIsTile) load_items_in_pieces(p, smem.ring, smem.queue, 1);
+        } else if (warp == 2 && kLoaders < 3) smem.fetch_queries(p);
+        else if constexpr (kGathers) gather_items(p, smem.ring, smem.queue, kLoaders < 3 ? 1 : warp - 1);
+        else if constexpr (!kPageIsTile) load_items_in_pieces(p, smem.ring, smem.queue, kLoaders < 3 ? 1 : warp - 1);
         return;
     } else if (warpgroup == 2) {
         if (kScoreRegisters >= 128) setmaxnreg_inc<kScoreRegisters>();

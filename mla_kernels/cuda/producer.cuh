@@ -50,11 +50,15 @@ struct TileRing {  // at a multiple of 1,024 bytes, the swizzle's atom
     __device__ static u32 rotary_phase(u32 ordinal) { return ordinal / kRotarySlots & 1; }
 
     __device__ u16* box(u32 ordinal, int c) {
+        if (!kPieces || c == kRotaryBox) return query_box(ordinal, c);
+        return group[group_slot(ordinal, c / kGroupBoxes)][0] + c % kGroupBoxes * (kBoxStride / 2);
+    }
+    __device__ u16* query_box(u32 ordinal, int c) {
         return c == kRotaryBox ? rotary[rotary_slot(ordinal)] : group[group_slot(ordinal, c / kGroupBoxes)][c % kGroupBoxes];
     }
     __device__ void wait_box(u32 ordinal, int c) {
         if (c == kRotaryBox) mbarrier_wait(&rotary_full[rotary_slot(ordinal)], rotary_phase(ordinal));
-        else mbarrier_wait(&group_full[group_slot(ordinal, c / kGroupBoxes)][c % kGroupBoxes], group_phase(ordinal, c / kGroupBoxes));
+        else mbarrier_wait(&group_full[group_slot(ordinal, c / kGroupBoxes)][kPieces ? 0 : c % kGroupBoxes], group_phase(ordinal, c / kGroupBoxes));
         if constexpr (kGathers) fence_proxy_async();  // threads wrote the box, WGMMA reads it
     }
     // Score warpgroup, every thread, after its writes to the tile: hands the tile to the value warpgroups.
@@ -101,43 +105,61 @@ struct TileRing {  // at a multiple of 1,024 bytes, the swizzle's atom
         mbarrier_arrive_expect_tx(&rotary_full[slot], kBoxBytes);
         tma_load_3d(rotary[slot], map, &rotary_full[slot], kRotaryBox * kBoxColumns, y, z);
     }
-    // Two warps, each with slots of its own (so that it has waited for every use of them: a parity cannot tell a phase from the
-    // one two before), the second also with the rotary boxes: what `warp` loads of a tile, in pieces of `rows` rows.
-    // `find(first, y, z)`: where in `map` the piece from row `first` on is.
+    // `kLoaders` warps, each with slots of its own (so that it has waited for every use of them: a parity cannot tell a phase
+    // from the one two before), the last also with the rotary boxes: what `warp` loads of a tile, in pieces of `rows` rows.
+    // `find(first, y, z)`: where in the pages the piece from row `first` on is.
     template <class Find>
-    __device__ void load_pieces(u32 ordinal, int warp, const TensorMap* map, int rows, Find find) {
+    __device__ void load_pieces(u32 ordinal, int warp, const TensorMap* map, const TensorMap* rotary_map, int rows, Find find) {
         const bool leads = (threadIdx.x & 31) == 0;
+        int y, z;
 #pragma unroll 1
         for (int g = 0; g < kGroups; ++g) {
             const u32 slot = group_slot(ordinal, g);
-            if ((2 * slot >= kGroupSlots) != (warp == 1)) continue;
-            if (leads) {
-                mbarrier_wait(&group_empty[slot], group_phase(ordinal, g) ^ 1);
-#pragma unroll
-                for (int c = 0; c < kGroupBoxes; ++c) mbarrier_arrive_expect_tx(&group_full[slot][c], kBoxBytes);
-            }
+            if (loader_of(slot) != warp) continue;
+            if (leads) begin_group(ordinal, g);
 #pragma unroll 1
             for (int first = 0; first < kTileTokens; first += rows) {
-                int y, z;
                 find(first, y, z);
-                if (!leads) continue;
-#pragma unroll
-                for (int c = 0; c < kGroupBoxes; ++c)
-                    tma_load_3d(group[slot][c] + first * kBoxColumns, map, &group_full[slot][c], (g * kGroupBoxes + c) * kBoxColumns, y, z);
+                char* to = reinterpret_cast<char*>(group[slot]) + first / 8 * kRowsStride;
+                if (leads) tma_load_5d(to, map, group_full[slot], 0, 0, g * kGroupBoxes, y / 8, z);
             }
         }
-        if (warp != 1) return;
+        if (warp != kLoaders - 1) return;
+        if (leads) begin_rotary(ordinal);
         const u32 slot = rotary_slot(ordinal);
-        if (leads) {
-            mbarrier_wait(&rotary_empty[slot], rotary_phase(ordinal) ^ 1);
-            mbarrier_arrive_expect_tx(&rotary_full[slot], kBoxBytes);
-        }
 #pragma unroll 1
         for (int first = 0; first < kTileTokens; first += rows) {
-            int y, z;
             find(first, y, z);
-            if (leads) tma_load_3d(rotary[slot] + first * kBoxColumns, map, &rotary_full[slot], kRotaryBox * kBoxColumns, y, z);
+            if (leads) tma_load_3d(rotary[slot] + first * kBoxColumns, rotary_map, &rotary_full[slot], kRotaryBox * kBoxColumns, y, z);
         }
+    }
+    // The same of 64 query rows from row `y` of plane `z` on, in whole boxes.
+    __device__ void load_queries(u32 ordinal, int warp, const TensorMap* map, int y, int z) {
+        if ((threadIdx.x & 31) != 0) return;
+#pragma unroll 1
+        for (int g = 0; g < kGroups; ++g) {
+            const u32 slot = group_slot(ordinal, g);
+            if (loader_of(slot) != warp) continue;
+            begin_group(ordinal, g);
+#pragma unroll 1
+            for (int c = 0; c < kGroupBoxes; ++c)
+                tma_load_3d(group[slot][c], map, group_full[slot], (g * kGroupBoxes + c) * kBoxColumns, y, z);
+        }
+        if (warp != kLoaders - 1) return;
+        begin_rotary(ordinal);
+        const u32 slot = rotary_slot(ordinal);
+        tma_load_3d(rotary[slot], map, &rotary_full[slot], kRotaryBox * kBoxColumns, y, z);
+    }
+    __device__ static int loader_of(u32 slot) { return static_cast<int>(slot) * kLoaders / kGroupSlots; }
+    __device__ void begin_group(u32 ordinal, int g) {
+        const u32 slot = group_slot(ordinal, g);
+        mbarrier_wait(&group_empty[slot], group_phase(ordinal, g) ^ 1);
+        mbarrier_arrive_expect_tx(group_full[slot], kGroupBoxes * kBoxBytes);
+    }
+    __device__ void begin_rotary(u32 ordinal) {
+        const u32 slot = rotary_slot(ordinal);
+        mbarrier_wait(&rotary_empty[slot], rotary_phase(ordinal) ^ 1);
+        mbarrier_arrive_expect_tx(&rotary_full[slot], kBoxBytes);
     }
     // `kGatherThreads` threads, `warp` of their warps: the nine boxes, a row of 1,152 bytes by eight neighbours.
     // `find(row)`: where row `row` is, or null for zeros. (Every lane asks, four rows at a time.)
@@ -151,7 +173,7 @@ struct TileRing {  // at a multiple of 1,024 bytes, the swizzle's atom
             mbarrier_wait(&rotary_empty[last], rotary_phase(ordinal) ^ 1);
         }
         __syncwarp();
-#pragma unroll 2
+#pragma unroll(kLoaders < 3 ? 2 : 1)
         for (int quad = warp; quad < kTileTokens / 4; quad += kGatherThreads / 32) {
             const int row = quad * 4 + lane / 8;
             const u16* from = find(row);
@@ -172,9 +194,9 @@ struct TileRing {  // at a multiple of 1,024 bytes, the swizzle's atom
 // Work items on their way from the producer to the other roles. `request` < 0 ends the share.
 struct ItemQueue {
     static constexpr int kSlots = 3;
-    // Warps that read it: values, scores, loader (two where pages are no tiles), and where queries do not come through the ring
+    // Warps that read it: values, scores, loader (several where pages are no tiles), and where queries do not come through the ring
     // theirs.
-    static constexpr int kReaders = (kValueThreads + kScoreThreads) / 32 + 1 + (MLA_ROWS != kTileTokens) + !kPageIsTile;
+    static constexpr int kReaders = (kValueThreads + kScoreThreads) / 32 + 1 + (MLA_ROWS != kTileTokens) + kLoaders - 1;
     WorkItem item[kSlots];
     u64 full[kSlots], empty[kSlots];
 

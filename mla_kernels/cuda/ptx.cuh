@@ -115,6 +115,15 @@ __device__ __forceinline__ void copy_async_wait() {
 // Orders ordinary shared-memory writes of this thread before later reads by WGMMA and TMA.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// Box at (x, y, z, u, v) of a rank-5 tensor, likewise.
+__device__ __forceinline__ void tma_load_5d(void* smem, const TensorMap* map, u64* barrier, int x, int y, int z, int u, int v) {
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(
+            smem_address(smem)),
+        "l"(map), "r"(smem_address(barrier)), "r"(x), "r"(y), "r"(z), "r"(u), "r"(v)
+        : "memory");
+}
+
 // ---- WGMMA -------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -153,19 +162,21 @@ __device__ __forceinline__ void wgmma_fence_operands(float (&reg)[kCount]) {
 
 // Upper word of every matrix descriptor: 128-byte swizzle, swizzle atoms of 1,024 bytes one after the other.
 constexpr u64 kDescriptorHigh = (1ull << 62) | (1024ull >> 4 << 32);
+// The same with atoms `stride` bytes one after the other.
+__device__ __forceinline__ constexpr u64 descriptor_high(u32 stride) { return (1ull << 62) | (static_cast<u64>(stride >> 4) << 32); }
 
 // d[64 x N] (+)= A[64 x 16] B[16 x N], A and B in shared memory, given by the lower words of descriptors (layout.cuh).
-// kTransA / kTransB = 1: that operand is stored with its M (N) dimension contiguous.
+// kTransA / kTransB = 1: that operand is stored with its M (N) dimension contiguous. Strides: from one atom to the next.
 #define WGMMA_SS(N, REGS, a_index, b_index, p_index, ta_index, tb_index)                                         \
     asm volatile(                                                                                                \
         "{\n.reg .pred p;\nsetp.ne.b32 p, " p_index ", 0;\n"                                                      \
         "wgmma.mma_async.sync.aligned.m64n" #N "k16." MMA_TYPES " {" REGS_##REGS "}, " a_index ", " b_index         \
         ", p, 1, 1, " ta_index ", " tb_index ";\n}\n"                                                            \
         : ACC_##REGS(d, 0)                                                                                       \
-        : "l"(kDescriptorHigh | a), "l"(kDescriptorHigh | b), "r"(static_cast<int>(accumulate)), "n"(kTransA), "n"(kTransB))
+        : "l"(descriptor_high(stride_a) | a), "l"(descriptor_high(stride_b) | b), "r"(static_cast<int>(accumulate)), "n"(kTransA), "n"(kTransB))
 
 template <int kN, int kTransA, int kTransB>
-__device__ __forceinline__ void wgmma_ss(float (&d)[kN / 2], u32 a, u32 b, bool accumulate) {
+__device__ __forceinline__ void wgmma_ss(float (&d)[kN / 2], u32 a, u32 b, bool accumulate, u32 stride_a = 1024, u32 stride_b = 1024) {
     static_assert(kN == 8 || kN == 16 || kN == 32 || kN == 64 || kN == 128, "no wrapper for this N");
     if constexpr (kN == 8) WGMMA_SS(8, 4, "%4", "%5", "%6", "%7", "%8");
     if constexpr (kN == 16) WGMMA_SS(16, 8, "%8", "%9", "%10", "%11", "%12");
@@ -175,12 +186,12 @@ __device__ __forceinline__ void wgmma_ss(float (&d)[kN / 2], u32 a, u32 b, bool 
 }
 
 // The same with A in registers (fragment layout of the accumulators, two elements a register), N = 64, B as stored.
-__device__ __forceinline__ void wgmma_rs_n64(float (&d)[32], const u32 (&a)[4], u32 b, bool accumulate) {
+__device__ __forceinline__ void wgmma_rs_n64(float (&d)[32], const u32 (&a)[4], u32 b, bool accumulate, u32 stride_b = 1024) {
     asm volatile(
         "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n64k16." MMA_TYPES " {" REGS_32 "}, {%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}\n"
         : ACC_32(d, 0)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(kDescriptorHigh | b), "r"(static_cast<int>(accumulate)));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor_high(stride_b) | b), "r"(static_cast<int>(accumulate)));
 }
 
 // ---- fragments ---------------------------------------------------------------------------------------------------

@@ -25,6 +25,9 @@ struct alignas(64) DecodeParams {
     int page_shift;           // log2 of the page size
     int max_tokens;           // that a row of the page table has room for
     int total_q;              // query tokens
+#if MLA_PAGE_SIZE == 0  // kPieces
+    TensorMap rotary_map;  // (576 columns, page_size tokens, num_pages); kv_map is (64 columns, 8 tokens, 9 boxes, page_size / 8, num_pages)
+#endif
 };
 
 // Where tokens are that warps gather: it stands in the place of kv_map.

@@ -14,6 +14,7 @@
 #define fence_barrier_init ptx_fence_barrier_init
 #define named_barrier_sync ptx_named_barrier_sync
 #define tma_load_3d ptx_tma_load_3d
+#define tma_load_5d ptx_tma_load_5d
 #define copy_async ptx_copy_async
 #define copy_async_commit ptx_copy_async_commit
 #define copy_async_wait ptx_copy_async_wait
@@ -36,6 +37,7 @@
 #undef fence_barrier_init
 #undef named_barrier_sync
 #undef tma_load_3d
+#undef tma_load_5d
 #undef copy_async
 #undef copy_async_commit
 #undef copy_async_wait
@@ -132,8 +134,8 @@ constexpr int kSpoiled = 0, kKeyValue = 1, kQuery = 2, kProbabilities = 3;
 struct Landing {
     void* smem;
     const u64* barrier;
-    u32 bytes, stamps;  // so many, evenly, each `rows` rows further
-    int rows;
+    u32 bytes, stamps;  // so many, evenly, of `boxes` boxes side by side, and then `rows` rows further
+    int rows, boxes;
     Stamp stamp;
 };
 static std::vector<Landing> in_flight;
@@ -143,6 +145,7 @@ static Stamp& stamp_of(void* box, u32 bytes, u32 quarter) {
 }
 
 static void tma_load_3d(void* smem, const TensorMap* map, u64* barrier, int x, int y, int z);
+static void tma_load_5d(void* smem, const TensorMap* map, u64* barrier, int x, int y, int z, int u, int v);
 
 static void land_one(u32 newest_first) {  // percent
     const size_t which = chance(newest_first) ? in_flight.size() - 1 : below(static_cast<u32>(in_flight.size()));
@@ -150,7 +153,8 @@ static void land_one(u32 newest_first) {  // percent
     in_flight.erase(in_flight.begin() + static_cast<long>(which));
     for (u32 i = 0; i < landing.stamps; ++i) {
         Stamp stamp = landing.stamp;
-        stamp.y += landing.rows * static_cast<int>(i);
+        stamp.y += landing.rows * (static_cast<int>(i) / landing.boxes);
+        stamp.x += static_cast<int>(i) % landing.boxes * 64;
         *reinterpret_cast<Stamp*>(static_cast<char*>(landing.smem) + landing.bytes / landing.stamps * i) = stamp;
     }
     Barrier& barrier = found(landing.barrier);

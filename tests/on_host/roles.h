@@ -144,13 +144,22 @@ static void let_one_leave() {
 }
 
 // ---- boxes -----------------------------------------------------------------------------------------------------------
+static void send(const Landing& landing) {
+    in_flight.push_back(landing);
+    for (u32 i = 0; i < landing.stamps; ++i)
+        *reinterpret_cast<Stamp*>(static_cast<char*>(landing.smem) + landing.bytes / landing.stamps * i) = {kSpoiled};
+}
 static void tma_load_3d(void* box, const TensorMap* map, u64* barrier, int x, int y, int z) {
     const int kind = map == &params.q_map ? kQuery : kKeyValue;
     const bool piece = !kPageIsTile && kind == kKeyValue;
     const int rows = piece ? min(1 << params.page_shift, kTileTokens) : 0;
     const u32 bytes = kind == kQuery ? kQueryBoxBytes : piece ? rows * 128 : kBoxBytes, stamps = piece ? rows / 8 : 4;
-    in_flight.push_back({box, barrier, bytes, stamps, piece ? 8 : 0, {kind, x, y, z}});
-    for (u32 i = 0; i < stamps; ++i) *reinterpret_cast<Stamp*>(static_cast<char*>(box) + bytes / stamps * i) = {kSpoiled};
+    send({box, barrier, bytes, stamps, piece ? 8 : 0, 1, {kind, x, y, z}});
+}
+// A piece of a group: eight rows of each of its boxes side by side.
+static void tma_load_5d(void* box, const TensorMap*, u64* barrier, int x, int y, int z, int u, int v) {
+    const u32 stamps = min(1 << params.page_shift, kTileTokens) / 8 * kGroupBoxes;
+    send({box, barrier, stamps * 1024, stamps, 8, kGroupBoxes, {kKeyValue, z * kBoxColumns + x, u * 8 + y, v}});
 }
 
 // Reads a box, and takes its time. Rows from `rows` on are to be zero.
@@ -179,7 +188,7 @@ static void read_key(u32 ordinal, int c, int rows = kTileTokens) {
     if (kPageIsTile) return read(box, kBoxBytes, key(ordinal, c), rows);
     for (int again = 0; again < 2; ++again) {
         for (int i = 0; i < 8; ++i)
-            if (!(*reinterpret_cast<Stamp*>(box + i * 1024) == (i * 8 < rows ? key_piece(ordinal, c, i) : Stamp{})))
+            if (!(*reinterpret_cast<Stamp*>(box + i * (c == kRotaryBox ? 1024 : kRowsStride)) == (i * 8 < rows ? key_piece(ordinal, c, i) : Stamp{})))
                 fail("a reader found another box's data");
         if (again == 0) dawdle();
     }
@@ -201,7 +210,7 @@ struct Scores {
         for (int c = 0; c < kBoxes; ++c) {
             if (c == kRegisterBoxes) named_barrier_sync(kBarrierScore, kScoreThreads);
             smem.ring.wait_box(w.ordinal - 1, c);
-            by_warp([&] { read_query(w, smem.ring.box(w.ordinal - 1, c), c); });
+            by_warp([&] { read_query(w, smem.ring.query_box(w.ordinal - 1, c), c); });
         }
         named_barrier_sync(kBarrierScore, kScoreThreads);
         smem.ring.release_unscored(w.ordinal - 1);
