@@ -122,7 +122,10 @@ def main(argv: list[str] | None = None) -> int:
         "--out", type=Path, metavar="DIR", help="default: data/<gpu>; live: build/records/<gpu>"
     )
     measuring.add_argument(
-        "--scope", choices=("full", "live"), default="full", help="live: what notebooks run"
+        "--scope",
+        choices=("full", "live", "whole"),
+        default="full",
+        help="live: what notebooks run; whole: of prefill, all 2,400 configurations (hours)",
     )
     measuring.add_argument(
         "--limit-seconds",
@@ -164,6 +167,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if unknown := sorted(set(getattr(arguments, "experiment", [])) - set(EXPERIMENTS)):
         parser.error(f"unknown experiment {', '.join(unknown)}; choose from {', '.join(EXPERIMENTS)}")
+    if getattr(arguments, "scope", None) == "whole" and arguments.experiment != ["prefill"]:
+        parser.error("scope whole is of the experiment prefill alone")
     return arguments.run(arguments)
 
 

@@ -72,11 +72,12 @@ def measure_host(bound: Bound) -> Host:
     return Host(call_us=[round(us, 3) for us in samples], plan_us=[round(us, 3) for us in plans])
 
 
-def measure_memory(bind: Callable[[], Bound], pool_bytes: int) -> tuple[Bound, Memory]:
+def measure_memory(bind: Callable[[], Bound], pool_bytes: int, out_bytes: int = 0) -> tuple[Bound, Memory]:
     """Binds, calls once, and reports what the allocator handed out for it besides queries and output.
 
-    ``pool_bytes``: the pages of one KV set, the cache of an implementation that has none of its own. What an
-    implementation allocates past torch's allocator is not seen.
+    ``pool_bytes``: the pages of one KV set, the cache of an implementation that has none of its own.
+    ``out_bytes``: of the output, which a call allocates where it was not given one. What an implementation
+    allocates past torch's allocator is not seen.
     """
     import torch
 
@@ -92,8 +93,8 @@ def measure_memory(bind: Callable[[], Bound], pool_bytes: int) -> tuple[Bound, M
     call = torch.cuda.max_memory_allocated() - resting
     del result
     caches = [sum(tensor.untyped_storage().nbytes() for tensor in tensors) for tensors in bound.cache]
-    out = bound.out.untyped_storage().nbytes() if bound.out is not None else 0
+    out = bound.out.untyped_storage().nbytes() if bound.out is not None else out_bytes
     return bound, Memory(
         cache_bytes=caches[0] if caches else pool_bytes,
-        workspace_bytes=max(0, held - sum(caches) - out) + call,
+        workspace_bytes=max(0, held + call - sum(caches) - out),
     )

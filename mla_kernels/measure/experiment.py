@@ -9,11 +9,12 @@ from dataclasses import replace
 
 from mla_kernels.compiler import KernelConfig
 
-from . import candidates, ceilings, points, provenance, timing
+from . import candidates, ceilings, points, prefill_candidates, provenance, timing
+from .calls import PrefillWorkload
 from .counters import CountersUnavailable, profile
 from .figures import label, tb_s, tflops
 from .points import Step
-from .records import PEER, Method, Point, Record
+from .records import PEER, Method, Point, Record, Source
 from .workloads import ROTATION_OVER_L2
 
 SEED = 20260101
@@ -51,7 +52,7 @@ def run_steps(
     steps = sorted(merge(steps), key=lambda step: bool(step.sustain))
     began = time.perf_counter()
     absent, built = prepare_candidates(steps)
-    source, device = provenance.source_section(built), provenance.device_section()
+    source, device = source_of(steps, built), provenance.device_section()
     progress(f"{experiment}: {len(source.kernels)} kernels ready, {time.perf_counter() - began:.0f} s")
     for dtype, reasons in prepare_peers(steps, progress).items():
         absent[dtype] |= reasons
@@ -136,9 +137,33 @@ def prepare_candidates(steps: Sequence[Step]) -> tuple[dict[str, dict[str, str]]
 
     Those that cannot be built and why, by dtype; the cubins of the others.
     """
-    names = [(name, step.workload.dtype) for step in steps for name in step.implementations]
+    of_prefill = [
+        (name, step.workload)
+        for step in steps
+        for name in step.implementations
+        if isinstance(step.workload, PrefillWorkload)
+    ]
+    names = [
+        (name, step.workload.dtype)
+        for step in steps
+        for name in step.implementations
+        if not isinstance(step.workload, PrefillWorkload)
+    ]
     absent = candidates.prepare(names)
-    return absent, candidates.configs(item for item in names if item[0] not in absent[item[1]])
+    for (dtype, name), reason in prefill_candidates.prepare_prefill(of_prefill).items():
+        absent[dtype][name] = reason
+    built = candidates.configs(item for item in names if item[0] not in absent[item[1]])
+    fitting = [(name, w) for name, w in of_prefill if name not in absent[w.dtype]]
+    return absent, [*built, *prefill_candidates.prefill_configs(fitting)]
+
+
+def source_of(steps: Sequence[Step], built: Sequence[KernelConfig]) -> Source:
+    """What ``steps`` can launch: prefill's kernels where they are all of it, else decode's."""
+    if steps and all(isinstance(step.workload, PrefillWorkload) for step in steps):
+        from mla_kernels.prefill_tuning import shipped_prefill_configs
+
+        return provenance.source_section(built, shipped_prefill_configs())
+    return provenance.source_section(built)
 
 
 def loaded_seconds(steps: Sequence[Step]) -> float:
@@ -156,7 +181,8 @@ def merge(steps: Sequence[Step]) -> list[Step]:
             name: tuple(dict.fromkeys(getattr(first, name) + getattr(step, name)))
             for name in ("implementations", "sustain", "count")
         }
-        merged[key] = replace(first, **wanted, host=first.host or step.host)
+        rounds = max(first.rounds, step.rounds)
+        merged[key] = replace(first, **wanted, host=first.host or step.host, rounds=rounds)
     return list(merged.values())
 
 

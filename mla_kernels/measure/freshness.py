@@ -11,8 +11,10 @@ from mla_kernels.choice import SHIPPED
 from mla_kernels.tuning import TILE_TOKENS, pages_of
 
 from . import candidates
+from .calls import PrefillWorkload
 from .figures import DECODE, query_rows
 from .hardware import load_hardware
+from .prefill_candidates import prefill_configs, serving_config
 from .provenance import DATA
 from .records import Kernel, Point, Record, RecordError, load_record
 from .workloads import table_width
@@ -70,11 +72,16 @@ def check_options(record: Record, path: str | os.PathLike) -> None:
     from mla_kernels.compiler import compile_options
     from mla_kernels.decode import shipped_configs
     from mla_kernels.launch import STREAM_READ
+    from mla_kernels.prefill_tuning import shipped_prefill_configs
 
-    now = {config.name: list(compile_options(config)) for config in (*shipped_configs(), STREAM_READ)}
+    known = (*shipped_configs(), *shipped_prefill_configs(), STREAM_READ)
+    now = {config.name: list(compile_options(config)) for config in known}
     measured = {kernel.name: kernel.options for kernel in record.source.kernels}
-    points = ((point.implementation, point.workload.dtype) for point in record.points)
-    for config in candidates.configs(points):  # there where they could be built
+    prefill = [p for p in record.points if isinstance(p.workload, PrefillWorkload)]
+    decode = [p for p in record.points if not isinstance(p.workload, PrefillWorkload)]
+    built = candidates.configs((p.implementation, p.workload.dtype) for p in decode)
+    built += prefill_configs((p.implementation, p.workload) for p in prefill)
+    for config in built:  # there where they could be built
         now[config.name] = list(compile_options(config))
     serving = {
         _serving(point, record.device.sms) for point in record.points if point.implementation == DECODE
@@ -90,6 +97,8 @@ def check_options(record: Record, path: str | os.PathLike) -> None:
 def _serving(point: Point, sms: int) -> str:
     """Name of the kernel that serves a point's workload."""
     workload = point.workload
+    if isinstance(workload, PrefillWorkload):
+        return serving_config(workload).name
     pages = -(-table_width(workload) * workload.page_size // TILE_TOKENS)
     tuning = SHIPPED.serving(query_rows(workload), workload.b, pages, sms)
     return tuning.kernel_config(workload.dtype, pages=pages_of(workload.page_size, ragged=False)).name

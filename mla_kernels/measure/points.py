@@ -7,30 +7,22 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mla_kernels.arguments import HEAD_DIM, HEAD_DIM_V
 
 from .bound import Bound, measure_host, measure_memory
+from .calls import PrefillWorkload, Workload
 from .candidates import is_candidate, tuning_of
-from .figures import DECODE, ELEMENT_BYTES, flop
-from .records import (
-    ALTERNATIVE,
-    PEER,
-    Accuracy,
-    Host,
-    Measurement,
-    Memory,
-    Point,
-    Workload,
-    rounds_more,
-)
-from .timing import Loop, burst, capture, sustained
+from .figures import DECODE, ELEMENT_BYTES, AnyWorkload, flop
+from .measurements import Measurement
+from .records import ALTERNATIVE, PEER, Accuracy, Host, Memory, Point, rounds_more
+from .timing import ROUNDS, Loop, burst, capture, sustained
 from .workloads import Inputs, materialize, sets_to_defeat_l2
 
 if TYPE_CHECKING:
@@ -48,16 +40,17 @@ class Step:
 
     ``rotate`` False reads one KV set again and again. ``count``: those to run under the profiler. ``poison``
     False leaves finite values where nothing should be read: some peers multiply what they mask.
-    ``host``: also time eager calls on the host, and measure memory.
+    ``host``: also time eager calls on the host, and measure memory. ``rounds``: samples of the burst.
     """
 
-    workload: Workload
+    workload: AnyWorkload
     implementations: tuple[str, ...] = (DECODE,)
     sustain: tuple[str, ...] = ()
     rotate: bool = True
     count: tuple[str, ...] = ()
     poison: bool = True
     host: bool = False
+    rounds: int = ROUNDS
 
 
 def bind(implementation: str, inputs: Inputs) -> Bound:
@@ -94,6 +87,30 @@ def bind(implementation: str, inputs: Inputs) -> Bound:
     raise ValueError(f"implementation {implementation!r} is unknown; known are {known}")
 
 
+@dataclass(frozen=True)
+class Operation:
+    """What measuring has to know of an operator.
+
+    ``sets``: (workload, L2 bytes) -> sets of inputs to rotate through. ``materialize``, ``bind``, ``check``
+    as below. ``bytes``: the cache of one set, for an implementation that has none of its own, and the output.
+    """
+
+    sets: Callable[[AnyWorkload, int], int]
+    materialize: Callable[..., Any]
+    bind: Callable[[str, Any], Bound]
+    check: Callable[..., Accuracy]
+    bytes: Callable[[Any], tuple[int, int]]
+
+
+def operation_of(workload: AnyWorkload) -> Operation:
+    """Prefill's or decode's."""
+    if isinstance(workload, PrefillWorkload):
+        from . import prefill_points as of
+
+        return Operation(of.sets, of.materialize, of.bind, of.check, of.sizes)
+    return Operation(sets_to_defeat_l2, materialize, bind, check, lambda inputs: (pool_bytes(inputs), 0))
+
+
 @dataclass
 class _Outcome:
     """What became of one implementation so far."""
@@ -109,13 +126,15 @@ class _Outcome:
 
     def prepare(self, step: Step, name: str, inputs: Inputs, seed: int, known: Known) -> None:
         """Bind, check, capture. Raises what these raise, ArithmeticError for a wrong result."""
+        prefill = isinstance(step.workload, PrefillWorkload)
+        of = operation_of(step.workload)
         if step.host:
-            bound, self.memory = measure_memory(lambda: bind(name, inputs), pool_bytes(inputs))
+            bound, self.memory = measure_memory(lambda: of.bind(name, inputs), *of.bytes(inputs))
         else:
-            bound = bind(name, inputs)
-        if bound.out is not None:
-            self.error = check(inputs, bound, seed, known)
-            if excess := self.error.excess(step.workload.dtype, rounds_more(name)):
+            bound = of.bind(name, inputs)
+        if not name.startswith("block:"):
+            self.error = of.check(inputs, bound, seed, known)
+            if excess := self.error.excess(step.workload.dtype, rounds_more(name), prefill):
                 raise ArithmeticError(excess)
         if step.host:
             self.host = measure_host(bound)
@@ -143,14 +162,15 @@ def measure(
     import torch
 
     torch.cuda.empty_cache()  # graphs of the step before kept their pools
-    sets = sets_to_defeat_l2(step.workload, l2_bytes) if step.rotate else 1
+    of = operation_of(step.workload)
+    sets = of.sets(step.workload, l2_bytes) if step.rotate else 1
     outcomes = {name: _Outcome() for name in step.implementations}
     for name in absent.keys() & outcomes.keys():
         outcomes[name].status, outcomes[name].reason = "skipped", one_line(absent[name])
     known: Known = {}
     alive = lambda: [outcome for outcome in outcomes.values() if outcome.status == "ok"]  # noqa: E731
     try:
-        inputs = materialize(step.workload, seed=seed, sets=sets, poison=step.poison)
+        inputs = of.materialize(step.workload, seed=seed, sets=sets, poison=step.poison)
         for name, outcome in outcomes.items():
             if outcome.status != "ok":
                 continue
@@ -160,7 +180,7 @@ def measure(
                 outcome.stop(error)
         known.clear()
         if alive():
-            bursts = burst([outcome.loop for outcome in alive()])
+            bursts = burst([outcome.loop for outcome in alive()], step.rounds)
             for outcome in alive():
                 outcome.measured.append(bursts[outcome.loop.name])
         for name in step.sustain:

@@ -73,8 +73,11 @@ def run_section(command: str) -> Run:
     return Run(id=identity, utc=utc, commit=revision, dirty=dirty, command=command)
 
 
-def source_section(further: Sequence[KernelConfig] = ()) -> Source:
-    """Digest and resources of every kernel that the operators can launch, and of ``further`` ones.
+def source_section(
+    further: Sequence[KernelConfig] = (), shipped: Sequence[KernelConfig] | None = None
+) -> Source:
+    """Digest and resources of every kernel that an operator can launch (``shipped``, by default what decode
+    can), and of ``further`` ones.
 
     Compiled here if not cached, several at once.
     """
@@ -96,7 +99,8 @@ def source_section(further: Sequence[KernelConfig] = ()) -> Source:
             shared_bytes=report.shared_bytes,
         )
 
-    configs = {config.name: config for config in (*shipped_configs(), STREAM_READ, *further)}
+    launched = shipped_configs() if shipped is None else shipped
+    configs = {config.name: config for config in (*launched, STREAM_READ, *further)}
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
         return Source(kernels=list(threads.map(describe, configs.values())))
 

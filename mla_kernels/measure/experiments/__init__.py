@@ -2,7 +2,7 @@
 
 from types import ModuleType
 
-from . import bandwidth, paging, peers, roofline, tuning, varlen
+from . import bandwidth, paging, peers, prefill, roofline, tuning, varlen
 
 EXPERIMENTS: dict[str, ModuleType] = {
     "roofline": roofline,
@@ -10,5 +10,6 @@ EXPERIMENTS: dict[str, ModuleType] = {
     "peers": peers,
     "varlen": varlen,
     "paging": paging,
+    "prefill": prefill,
     "tuning": tuning,
 }

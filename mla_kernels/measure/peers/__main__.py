@@ -6,7 +6,7 @@ import argparse
 import functools
 import sys
 
-from . import PEERS, prepare
+from . import PEERS, PREFILL_PEERS, prepare
 from .fetch import FetchError, fetch
 from .interface import home
 
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         missing = [prepare(tuple(PEERS), (dtype,)) for dtype in ("bf16", "fp16")]
         return 1 if any(missing) else 0
     else:
-        for name, peer in PEERS.items():
+        for name, peer in (PEERS | PREFILL_PEERS).items():
             print(f"{name:20} {peer.source}: {peer.available() or 'ready'}")
     return 0
 

@@ -25,7 +25,7 @@ class PeerUnavailable(NotImplementedError):
 
 
 class Peer(abc.ABC):
-    """Somebody's MLA decode. ``source`` says where it comes from, in words for a table."""
+    """Somebody's MLA decode, or prefill. ``source`` says where it comes from, in words for a table."""
 
     source: str
 

@@ -1,0 +1,195 @@
+"""Other people's attention over whole sequences behind the peers' interface: FA3, FA2, cuDNN, PyTorch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+
+from ..bound import Bound
+from ..prefill_inputs import PrefillInputs
+from .fa3 import LIBRARY
+from .interface import Peer, load_operators, missing, no_gpu, require
+
+SCORE_BYTES = 12  # a score of plain PyTorch: bf16, float32 before and after softmax, bf16
+MOST_SCORE_BYTES = 16 << 30
+
+
+def _bound(inputs: PrefillInputs, call: Callable, unpack: Callable, out: torch.Tensor | None = None) -> Bound:
+    return Bound([functools.partial(call, *tensors) for tensors in inputs.sets], out=out, unpack=unpack)
+
+
+class PrefillFA3(Peer):
+    """Equal lengths through its batched form, ragged ones through cu_seqlens."""
+
+    source = "FlashAttention 3, from the vllm wheel"
+
+    def available(self) -> str | None:
+        return missing(LIBRARY)
+
+    def prepare(self, dtypes: tuple[str, ...]) -> None:
+        load_operators(LIBRARY, "_vllm_fa3_C")
+
+    def bind(self, inputs: PrefillInputs) -> Bound:
+        workload, operators = inputs.workload, load_operators(LIBRARY, "_vllm_fa3_C")
+        out = inputs.sets[0][0].new_empty(inputs.out_shape)
+        longest = inputs.longest if workload.ragged else (None, None)
+
+        def call(q, k, v):
+            return operators.fwd(
+                q,
+                k,
+                v,
+                None,  # k_new
+                None,  # v_new
+                None,  # q_v
+                out,
+                inputs.starts_q,
+                inputs.starts_k,
+                None,  # cu_seqlens_k_new
+                None,  # seqused_q
+                None,  # seqused_k
+                *longest,
+                None,  # block_table
+                None,  # kv_batch_idx
+                None,  # leftpad_k
+                None,  # rotary_cos
+                None,  # rotary_sin
+                None,  # seqlens_rotary
+                None,  # q_descale
+                None,  # k_descale
+                None,  # v_descale
+                workload.d_qk**-0.5,
+                workload.causal,
+                -1,  # window_size_left
+                -1,  # window_size_right
+                0.0,  # softcap
+                True,  # is_rotary_interleaved
+                None,  # scheduler_metadata
+                1,  # num_splits, as its own Python interface has it
+                None,  # pack_gqa
+                0,  # sm_margin
+                None,  # s_aux
+                1,  # cp_world_size
+                0,  # cp_rank
+                None,  # cp_tot_seqused_k
+            )
+
+        return _bound(inputs, call, lambda result: (out, result[1]), out)
+
+
+class PrefillFA2(Peer):
+    """The flash backend of torch's scaled_dot_product_attention, which is FA2, called below the interface:
+    that one has no ragged form and aligns a causal mask at the top left.
+
+    It takes one head dim: smaller values are padded with zeros to the keys', which is timed (not the padding
+    itself).
+    """
+
+    source = "FlashAttention 2, as torch has it"
+
+    def available(self) -> str | None:
+        return no_gpu()
+
+    def bind(self, inputs: PrefillInputs) -> Bound:
+        workload = inputs.workload
+        s_q, s_k = inputs.longest
+        sets = tuple(
+            (q, k, torch.nn.functional.pad(v, (0, workload.d_qk - workload.d_v))) for q, k, v in inputs.sets
+        )
+
+        def call(q, k, v):
+            lengths = (inputs.starts_q, inputs.starts_k, s_q, s_k)
+            scale = workload.d_qk**-0.5
+            attend = torch.ops.aten._flash_attention_forward
+            return attend(q, k, v, *lengths, 0.0, workload.causal, False, scale=scale)
+
+        padded = PrefillInputs(workload, sets, inputs.starts_q, inputs.starts_k)
+        return _bound(padded, call, lambda result: (result[0][..., : workload.d_v], result[1]))
+
+
+class PrefillCuDNN(Peer):
+    """The cuDNN backend of torch's scaled_dot_product_attention, ragged ones as nested tensors reach it."""
+
+    source = "cuDNN, as torch has it"
+
+    def available(self) -> str | None:
+        return no_gpu()
+
+    def bind(self, inputs: PrefillInputs) -> Bound:
+        workload = inputs.workload
+        require(
+            not workload.causal or workload.lengths_q == workload.lengths_k,
+            "torch aligns cuDNN's causal mask at the top left",
+        )
+        options = {"scale": workload.d_qk**-0.5}
+        if workload.ragged:
+            lengths = (inputs.starts_q, inputs.starts_k, *inputs.longest)
+            attend = torch.ops.aten._cudnn_attention_forward
+
+            def call(q, k, v):
+                return attend(q, k, v, None, *lengths, False, 0.0, workload.causal, False, **options)
+
+            return _bound(inputs, call, lambda result: (result[0].view(inputs.out_shape), None))
+        attend = torch.ops.aten._scaled_dot_product_cudnn_attention
+
+        def call(q, k, v):
+            heads_first = (tensor.transpose(1, 2) for tensor in (q, k, v))
+            return attend(*heads_first, None, False, 0.0, workload.causal, False, **options)
+
+        return _bound(inputs, call, lambda result: (result[0].transpose(1, 2), None))
+
+
+class PrefillMath(Peer):
+    """Two matrix products and a float32 softmax between; ragged sequences one after the other."""
+
+    source = "plain PyTorch"
+
+    def available(self) -> str | None:
+        return no_gpu()
+
+    def bind(self, inputs: PrefillInputs) -> Bound:
+        workload = inputs.workload
+        sizes = [s_q * s_k for s_q, s_k in zip(workload.lengths_q, workload.lengths_k, strict=True)]
+        scores = (max(sizes) if workload.ragged else sum(sizes)) * workload.h_q
+        require(
+            scores * SCORE_BYTES <= MOST_SCORE_BYTES,
+            f"its {scores:,} scores would take {scores * SCORE_BYTES / 1e9:.0f} GB",
+        )
+        out = inputs.sets[0][0].new_empty(inputs.out_shape)
+        if not workload.ragged:
+            hidden = _hidden(workload.lengths_q[0], workload.lengths_k[0], workload.causal, out.device)
+            return _bound(inputs, functools.partial(_attend, out, hidden), lambda result: (out, None), out)
+        hidden = [
+            _hidden(s_q, s_k, workload.causal, out.device)
+            for s_q, s_k in zip(workload.lengths_q, workload.lengths_k, strict=True)
+        ]
+
+        def call(q, k, v):
+            parts = (t.split(lengths) for t, lengths in zip((out, q, k, v), split, strict=True))
+            for own, mask, *tensors in zip(next(parts), hidden, *parts, strict=True):
+                _attend(own[None], mask, *(tensor[None] for tensor in tensors))
+
+        queries, keys = list(workload.lengths_q), list(workload.lengths_k)
+        split = (queries, queries, keys, keys)
+        return _bound(inputs, call, lambda result: (out, None), out)
+
+
+def _hidden(s_q: int, s_k: int, causal: bool, device: torch.device) -> torch.Tensor | None:
+    """(s_q, s_k) bool: the keys that a query must not see; None where it sees all."""
+    if not causal:
+        return None
+    return ~torch.ones(s_q, s_k, dtype=torch.bool, device=device).tril_(s_k - s_q)
+
+
+def _attend(out: torch.Tensor, hidden: torch.Tensor | None, q, k, v) -> None:
+    """Of (b, s, h, d) tensors into ``out``."""
+    group = q.shape[2] // k.shape[2]
+    q, k, v = (
+        t.transpose(1, 2) for t in (q, *(t.repeat_interleave(group, 2) if group > 1 else t for t in (k, v)))
+    )
+    scores = (q @ k.mT).float() * q.shape[-1] ** -0.5
+    if hidden is not None:
+        scores.masked_fill_(hidden, float("-inf"))
+    out.copy_((scores.softmax(-1).to(q.dtype) @ v).transpose(1, 2))
