@@ -13,6 +13,7 @@ from mla_kernels import launch
 from mla_kernels.arguments import HEAD_DIM, HEAD_DIM_V
 from mla_kernels.chunks import Call, Chunk
 from mla_kernels.compiler import KernelConfig
+from mla_kernels.prefill import mla_prefill
 
 NOPE, ROPE, VALUE = 128, 64, 128  # columns of a head: keys without position and with it, values
 
@@ -41,7 +42,7 @@ class MergeParams(ctypes.Structure):
     """``MergeParams`` of cuda/merge_part.cu, field by field."""
 
     _fields_ = (
-        *((name, ctypes.c_uint64) for name in ("part", "part_lse", "sum", "lse", "out")),
+        *((name, ctypes.c_uint64) for name in ("part", "part_lse", "first", "sum", "lse", "out")),
         ("lse_stride", ctypes.c_int64),
         ("tokens", ctypes.c_int),
         ("heads", ctypes.c_int),
@@ -49,7 +50,7 @@ class MergeParams(ctypes.Structure):
 
 
 class NativeSteps:
-    """The steps on a Hopper GPU. One chunk's lines, keys and values are in memory, and one partial result."""
+    """The steps on a Hopper GPU. In memory: a chunk's lines, keys and values, and two partial results."""
 
     def __init__(self, q, pool, block_table, w_uk, w_uv, scale, chunks: list[Chunk]):
         self._q, self._pool, self._table, self._scale = q, pool, block_table, scale
@@ -60,8 +61,12 @@ class NativeSteps:
         self._k, self._v = q.new_empty(tokens, heads, NOPE + ROPE), q.new_empty(tokens, heads, VALUE)
         self.out = q.new_empty(total, heads, VALUE)
         self.lse = torch.full((heads, total), float("-inf"), dtype=torch.float32, device=q.device)
-        cut = any(not call.causal for chunk in chunks for call in chunk.calls)
-        self._sum = q.new_empty(total, heads, VALUE, dtype=torch.float32) if cut else None
+        summed = any(not (call.causal or call.fresh) for chunk in chunks for call in chunk.calls)
+        self._sum = q.new_empty(total, heads, VALUE, dtype=torch.float32) if summed else None
+        # Where the keys of a sequence begin with those of a chunk, and go on in the next: its first query
+        # there, and the partial result, which is the running one until that next chunk has been merged.
+        self._first: tuple[int, torch.Tensor] | None = None
+        self._before: tuple[int, torch.Tensor] | None = None
         self._numbers = self._send(chunks)
 
     def _send(self, chunks: list[Chunk]) -> dict[int, torch.Tensor]:
@@ -78,6 +83,7 @@ class NativeSteps:
 
     def decompress(self, chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor]:
         """k (tokens, h, 192) and v (tokens, h, 128)."""
+        self._before, self._first = self._first, None
         tokens, heads = chunk.tokens, self._q.shape[1]
         lines, k, v = self._lines[:tokens], self._k[:tokens], self._v[:tokens]
         params = GatherParams(
@@ -104,26 +110,25 @@ class NativeSteps:
         return k, v
 
     def attend(self, call: Call, k, v) -> tuple[torch.Tensor, torch.Tensor]:
-        from mla_kernels.prefill import mla_prefill
-
-        keys = slice(call.k_begin, call.k_end)
+        queries, keys = slice(call.q_begin, call.q_end), slice(call.k_begin, call.k_end)
+        tensors = self._q[queries], k[keys], v[keys]
+        options = {"causal": call.causal, "softmax_scale": self._scale, "return_lse": True}
+        if len(call.q_starts) == 2:  # one sequence, which need not be found by its starts
+            out, lse = mla_prefill(*(tensor[None] for tensor in tensors), **options)
+            return out[0], lse[0]
         q_starts, k_starts = self._numbers[id(call)].chunk(2)
-        return mla_prefill(
-            self._q[call.q_begin : call.q_end],
-            k[keys],
-            v[keys],
-            causal=call.causal,
-            softmax_scale=self._scale,
-            cu_seqlens_q=q_starts,
-            cu_seqlens_k=k_starts,
-            return_lse=True,
-        )
+        return mla_prefill(*tensors, cu_seqlens_q=q_starts, cu_seqlens_k=k_starts, **options)
 
     def merge(self, call: Call, part: torch.Tensor, part_lse: torch.Tensor) -> None:
         begin = call.q_begin
+        if call.fresh and not call.causal:
+            self._first = begin, part
+            self.lse[:, begin : call.q_end] = part_lse
+            return
         params = MergeParams(
             part=part.data_ptr(),
             part_lse=part_lse.data_ptr(),
+            first=0 if self._before is None else self._before[1][begin - self._before[0] :].data_ptr(),
             sum=0 if self._sum is None else self._sum[begin:].data_ptr(),
             lse=self.lse[:, begin:].data_ptr(),
             out=self.out[begin:].data_ptr() if call.causal else 0,

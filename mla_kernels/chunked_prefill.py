@@ -86,6 +86,11 @@ def mla_prefill_paged(
     pool = kv_cache.squeeze(2) if kv_cache.dim() == 4 else kv_cache
     chunks = plan_chunks(starts, lengths, workspace_tokens)
     steps = (NativeSteps if native else PortableSteps)(q, pool, block_table, w_uk, w_uv, scale, chunks)
+    if len(chunks) == 1:  # the result of its only call
+        (call,) = chunks[0].calls
+        out, lse = steps.attend(call, *steps.decompress(chunks[0]))
+        out = out.to(q.dtype)
+        return (out, lse) if return_lse else out
     for chunk in chunks:
         k, v = steps.decompress(chunk)
         for call in chunk.calls:
@@ -99,8 +104,8 @@ def workspace_bytes(tokens: int, heads: int) -> int:
 
 
 def result_bytes(total_q: int, heads: int) -> int:
-    """The same of the queries: the sum so far in fp32, the result, that of one call, and the LSE of both."""
-    return total_q * heads * ((4 + 2 + 2) * VALUE + 4 + 4)
+    """The same of the queries: running result in fp32, result, partial ones of two calls; LSEs of three."""
+    return total_q * heads * ((4 + 2 + 2 + 2) * VALUE + 4 + 4 + 4)
 
 
 def _host(name: str, values) -> list[int]:

@@ -30,6 +30,7 @@ class Call(NamedTuple):
     """
 
     causal: bool  # the diagonal: no later chunk has keys for these queries
+    fresh: bool  # no earlier chunk had keys for any of them
     q_begin: int
     q_end: int
     k_begin: int
@@ -97,19 +98,20 @@ def _calls(parts: list[Part], q_starts, queries, lengths) -> list[Call]:
         first = lengths[sequence] - queries[sequence]  # the position of its first query
         diagonals.append([q_starts[sequence] + max(position - first, 0) for position in (begin, end)])
     calls, total = [], sum(keys)
-    sequence, _, end = parts[-1]
+    sequence, begin, end = parts[-1]
     if end < lengths[sequence]:  # only the last part of a chunk can have keys to follow
         rest = [diagonals[-1][1], q_starts[sequence + 1]]
-        calls.append(_call(False, [rest], total - keys[-1], keys[-1:]))
+        calls.append(_call(False, begin == 0, [rest], total - keys[-1], keys[-1:]))
         if diagonals[-1][0] == diagonals[-1][1]:
             del diagonals[-1], keys[-1]
     if diagonals:
-        calls.append(_call(True, diagonals, 0, keys))
+        calls.append(_call(True, parts[0].begin == 0, diagonals, 0, keys))
     return calls
 
 
-def _call(causal: bool, queries: list[list[int]], k_begin: int, keys: list[int]) -> Call:
+def _call(causal: bool, fresh: bool, queries: list[list[int]], k_begin: int, keys: list[int]) -> Call:
     """Of queries [begin, end) and numbers of keys, a sequence each, which lie end to end."""
     q_starts = list(accumulate((end - begin for begin, end in queries), initial=0))
     k_starts = list(accumulate(keys, initial=0))
-    return Call(causal, queries[0][0], queries[-1][1], k_begin, k_begin + k_starts[-1], q_starts, k_starts)
+    q_begin, q_end = queries[0][0], queries[-1][1]
+    return Call(causal, fresh, q_begin, q_end, k_begin, k_begin + k_starts[-1], q_starts, k_starts)

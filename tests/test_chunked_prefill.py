@@ -41,6 +41,7 @@ def test_every_query_sees_each_of_its_keys_once(batch, limit):
             assert call.q_starts[0] == call.k_starts[0] == 0 and len(call.q_starts) == len(call.k_starts)
             assert call.q_starts[-1] == call.q_end - call.q_begin
             assert call.k_starts[-1] == call.k_end - call.k_begin
+            assert call.fresh == seen.keys().isdisjoint(range(call.q_begin, call.q_end))
             for i, begin in enumerate(call.q_starts[:-1]):
                 n, own = call.q_starts[i + 1] - begin, slice(call.k_starts[i], call.k_starts[i + 1])
                 own = keys[call.k_begin : call.k_end][own]
@@ -177,11 +178,12 @@ def test_a_page_outside_the_pool_spoils_its_sequence_and_no_other(bad, monkeypat
 
 def test_bf16_is_computed_in_fp32():
     case = make_case([5, 7], [50, 40], dtype=torch.bfloat16)
-    out, lse = case.run(workspace_tokens=16)
     wanted, wanted_lse = case.expected()
-    assert out.dtype == torch.bfloat16 and lse.dtype == torch.float32
-    assert (out - wanted).norm() < 3e-3 * wanted.norm()
-    torch.testing.assert_close(lse.double(), wanted_lse, rtol=0, atol=1e-5)
+    for limit in (16, 1000):
+        out, lse = case.run(workspace_tokens=limit)
+        assert out.dtype == torch.bfloat16 and lse.dtype == torch.float32
+        assert (out - wanted).norm() < 3e-3 * wanted.norm()
+        torch.testing.assert_close(lse.double(), wanted_lse, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
