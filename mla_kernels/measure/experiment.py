@@ -182,7 +182,8 @@ def merge(steps: Sequence[Step]) -> list[Step]:
             for name in ("implementations", "sustain", "count")
         }
         rounds = max(first.rounds, step.rounds)
-        merged[key] = replace(first, **wanted, host=first.host or step.host, rounds=rounds)
+        host, memory = first.host or step.host, first.memory or step.memory
+        merged[key] = replace(first, **wanted, host=host, memory=memory, rounds=rounds)
     return list(merged.values())
 
 

@@ -40,7 +40,7 @@ class Step:
 
     ``rotate`` False reads one KV set again and again. ``count``: those to run under the profiler. ``poison``
     False leaves finite values where nothing should be read: some peers multiply what they mask.
-    ``host``: also time eager calls on the host, and measure memory. ``rounds``: samples of the burst.
+    ``host``: also time eager calls on the host. ``memory``: measure it (``host`` does too). ``rounds``: samples of the burst.
     """
 
     workload: AnyWorkload
@@ -50,6 +50,7 @@ class Step:
     count: tuple[str, ...] = ()
     poison: bool = True
     host: bool = False
+    memory: bool = False
     rounds: int = ROUNDS
 
 
@@ -128,7 +129,7 @@ class _Outcome:
         """Bind, check, capture. Raises what these raise, ArithmeticError for a wrong result."""
         prefill = isinstance(step.workload, PrefillWorkload)
         of = operation_of(step.workload)
-        if step.host:
+        if step.host or step.memory:
             bound, self.memory = measure_memory(lambda: of.bind(name, inputs), *of.bytes(inputs))
         else:
             bound = of.bind(name, inputs)

@@ -74,6 +74,18 @@ class PrefillInputs:
         return max(self.workload.lengths_q), max(self.workload.lengths_k)
 
 
+def starts(inputs: PrefillInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where sequences begin when all are laid end to end, and the end: of queries, and of keys, (b + 1,) int32."""
+    workload, device = inputs.workload, inputs.sets[0][0].device
+    return _starts(workload.lengths_q, device), _starts(workload.lengths_k, device)
+
+
+def _starts(lengths: tuple[int, ...], device: str | torch.device) -> torch.Tensor:
+    import torch
+
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+
+
 def prefill_sets(workload: PrefillWorkload, l2_bytes: int) -> int:
     """Sets of inputs to rotate through so that together they are more than four times the L2."""
     queries = sum(workload.lengths_q) * workload.h_q * workload.d_qk * ELEMENT_BYTES
@@ -101,11 +113,6 @@ def materialize_prefill(
         tokens = (sum(lengths),) if workload.ragged else (workload.b, lengths[0])
         return torch.empty(*tokens, heads, columns, dtype=dtype, device=device).normal_(generator=generator)
 
-    def starts(lengths: tuple[int, ...]) -> torch.Tensor | None:
-        if not workload.ragged:
-            return None
-        return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
-
     w = workload
     made = tuple(
         (
@@ -115,4 +122,5 @@ def materialize_prefill(
         )
         for _ in range(sets)
     )
-    return PrefillInputs(workload, made, starts(w.lengths_q), starts(w.lengths_k))
+    bounds = (_starts(lengths, device) if w.ragged else None for lengths in (w.lengths_q, w.lengths_k))
+    return PrefillInputs(workload, made, *bounds)

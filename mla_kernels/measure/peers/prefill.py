@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
 from ..bound import Bound
-from ..prefill_inputs import PrefillInputs
+from ..prefill_inputs import PrefillInputs, starts
 from .fa3 import LIBRARY
 from .interface import Peer, load_operators, missing, no_gpu, require
 
 SCORE_BYTES = 12  # a score of plain PyTorch: bf16, float32 before and after softmax, bf16
 MOST_SCORE_BYTES = 16 << 30
+SWEEPS_L2 = 1 << 30  # bytes of scores that leave nothing of the inputs in any L2
 
 
 def _bound(inputs: PrefillInputs, call: Callable, unpack: Callable, out: torch.Tensor | None = None) -> Bound:
@@ -21,7 +23,7 @@ def _bound(inputs: PrefillInputs, call: Callable, unpack: Callable, out: torch.T
 
 
 class PrefillFA3(Peer):
-    """Equal lengths through its batched form, ragged ones through cu_seqlens."""
+    """Through cu_seqlens whatever the lengths: the wheel was built for that form alone."""
 
     source = "FlashAttention 3, from the vllm wheel"
 
@@ -34,23 +36,24 @@ class PrefillFA3(Peer):
     def bind(self, inputs: PrefillInputs) -> Bound:
         workload, operators = inputs.workload, load_operators(LIBRARY, "_vllm_fa3_C")
         out = inputs.sets[0][0].new_empty(inputs.out_shape)
-        longest = inputs.longest if workload.ragged else (None, None)
+        in_rows = out.view(-1, *out.shape[-2:])
+        starts_q, starts_k = starts(inputs)
 
         def call(q, k, v):
             return operators.fwd(
-                q,
-                k,
-                v,
+                q.view(-1, *q.shape[-2:]),
+                k.view(-1, *k.shape[-2:]),
+                v.view(-1, *v.shape[-2:]),
                 None,  # k_new
                 None,  # v_new
                 None,  # q_v
-                out,
-                inputs.starts_q,
-                inputs.starts_k,
+                in_rows,
+                starts_q,
+                starts_k,
                 None,  # cu_seqlens_k_new
                 None,  # seqused_q
                 None,  # seqused_k
-                *longest,
+                *inputs.longest,
                 None,  # block_table
                 None,  # kv_batch_idx
                 None,  # leftpad_k
@@ -76,7 +79,11 @@ class PrefillFA3(Peer):
                 None,  # cp_tot_seqused_k
             )
 
-        return _bound(inputs, call, lambda result: (out, result[1]), out)
+        def unpack(result):
+            lse = result[1]  # (h, total)
+            return out, lse if workload.ragged else lse.unflatten(1, (workload.b, -1)).transpose(0, 1)
+
+        return _bound(inputs, call, unpack, out)
 
 
 class PrefillFA2(Peer):
@@ -157,6 +164,8 @@ class PrefillMath(Peer):
             scores * SCORE_BYTES <= MOST_SCORE_BYTES,
             f"its {scores:,} scores would take {scores * SCORE_BYTES / 1e9:.0f} GB",
         )
+        if scores * SCORE_BYTES > SWEEPS_L2:
+            inputs = replace(inputs, sets=inputs.sets[:1])
         out = inputs.sets[0][0].new_empty(inputs.out_shape)
         if not workload.ragged:
             hidden = _hidden(workload.lengths_q[0], workload.lengths_k[0], workload.causal, out.device)
