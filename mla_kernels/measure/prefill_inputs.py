@@ -75,7 +75,7 @@ class PrefillInputs:
 
 
 def starts(inputs: PrefillInputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where sequences begin when all are laid end to end, and the end: of queries, and of keys, (b + 1,) int32."""
+    """(b + 1,) int32 twice: where sequences begin when all are laid end to end, of queries and of keys."""
     workload, device = inputs.workload, inputs.sets[0][0].device
     return _starts(workload.lengths_q, device), _starts(workload.lengths_k, device)
 

@@ -35,12 +35,8 @@ AXES = {  # the chapter's, lines 49-60
 # (b, s) of 32 heads, d 64: lines 69-116
 CHAPTER_ROWS = ((1, 1024), (1, 2048), (1, 4096), (4, 1024), (4, 2048))
 CHAPTER_REPEATS = 100
-CHAPTER_BANDWIDTHS = (
-    (1, 512, 8),
-    (4, 1024, 16),
-    (1, 4096, 64),
-    (1, 2048, 128),
-)  # (b, s, h), d 64: lines 142-167
+# (b, s, h), d 64: lines 142-176
+CHAPTER_BANDWIDTHS = ((1, 512, 8), (4, 1024, 16), (1, 4096, 64), (1, 2048, 128))
 SWEEPS = (
     *((1, s, 32) for s in AXES["s"]),
     *((b, 2048, 32) for b in AXES["b"]),

@@ -117,7 +117,11 @@ class PrefillFA2(Peer):
 
 
 class PrefillCuDNN(Peer):
-    """The cuDNN backend of torch's scaled_dot_product_attention, ragged ones as nested tensors reach it."""
+    """The cuDNN backend of torch's scaled_dot_product_attention.
+
+    Ragged sequences reach it as nested tensors do, ``aten._cudnn_attention_forward`` with where they begin,
+    which in torch 2.11 ends in CUDNN_STATUS_INTERNAL_ERROR on an H100: not asked for.
+    """
 
     source = "cuDNN, as torch has it"
 
@@ -130,20 +134,12 @@ class PrefillCuDNN(Peer):
             not workload.causal or workload.lengths_q == workload.lengths_k,
             "torch aligns cuDNN's causal mask at the top left",
         )
-        options = {"scale": workload.d_qk**-0.5}
-        if workload.ragged:
-            lengths = (inputs.starts_q, inputs.starts_k, *inputs.longest)
-            attend = torch.ops.aten._cudnn_attention_forward
-
-            def call(q, k, v):
-                return attend(q, k, v, None, *lengths, False, 0.0, workload.causal, False, **options)
-
-            return _bound(inputs, call, lambda result: (result[0].view(inputs.out_shape), None))
+        require(not workload.ragged, "torch's cuDNN fails on ragged sequences (CUDNN_STATUS_INTERNAL_ERROR)")
         attend = torch.ops.aten._scaled_dot_product_cudnn_attention
 
         def call(q, k, v):
             heads_first = (tensor.transpose(1, 2) for tensor in (q, k, v))
-            return attend(*heads_first, None, False, 0.0, workload.causal, False, **options)
+            return attend(*heads_first, None, False, 0.0, workload.causal, False, scale=workload.d_qk**-0.5)
 
         return _bound(inputs, call, lambda result: (result[0].transpose(1, 2), None))
 
