@@ -21,6 +21,7 @@ PAGE_SIZES = (1, 16, 32, 64, 128, 256)
 BYTES_PER_TOKEN = 2 * HEAD_DIM
 LIVE = 64  # sequences at a time
 POOL_PAGES = 8192
+TURNS = 20
 
 
 def draw_lengths(n: int, seed: int) -> list[int]:
@@ -61,12 +62,25 @@ def _time(operations: int, live: int, allocate: Callable[[int], object], free: C
 
 
 def page_latencies(operations: int, clock_ns: int) -> Iterator[Latency]:
-    """Batches of pages from the allocator, and single tokens from the cache, with and without a new page."""
-    for n in (1, 4, 32):
-        pages = PageAllocator(POOL_PAGES)
-        taken, given = _time(operations, LIVE, functools.partial(_batch, pages, n), pages.release_batch)
-        yield Latency.of("PageAllocator", f"allocate {n} pages", taken, clock_ns)
-        yield Latency.of("PageAllocator", f"free {n} pages", given, clock_ns)
+    """Batches of pages from the allocator, and single tokens from the cache, with and without a new page.
+
+    The batches take turns, and a function that does nothing with them: its tail is the host's, not the
+    allocator's.
+    """
+    found: dict[int, tuple[list, list]] = {n: ([], []) for n in (0, 1, 4, 32)}
+    for _ in range(TURNS):
+        for n, (takes, frees) in found.items():
+            pages = PageAllocator(POOL_PAGES)
+            do = (functools.partial(_batch, pages, n), pages.release_batch) if n else (_nothing, _nothing)
+            taken, given = _time(max(operations // TURNS, LIVE + 1), LIVE, *do)
+            takes.append(taken)
+            frees.append(given)
+    for n, (takes, frees) in found.items():
+        if n == 0:
+            yield Latency.of("nothing", "call", np.concatenate(takes), clock_ns)
+            continue
+        yield Latency.of("PageAllocator", f"allocate {n} pages", np.concatenate(takes), clock_ns)
+        yield Latency.of("PageAllocator", f"free {n} pages", np.concatenate(frees), clock_ns)
     cache = PagedKVCache(POOL_PAGES, max_pages_per_sequence=POOL_PAGES // LIVE, max_sequences=LIVE)
     sequences = [cache.allocate(1) for _ in range(LIVE)]
     clock = time.perf_counter_ns
@@ -84,6 +98,10 @@ def page_latencies(operations: int, clock_ns: int) -> Iterator[Latency]:
 
 def _batch(pages: PageAllocator, n: int, _: int):
     return pages.allocate_batch(n)
+
+
+def _nothing(_: object) -> None:
+    return None
 
 
 def sequence_latencies(operations: int, clock_ns: int) -> Iterator[Latency]:

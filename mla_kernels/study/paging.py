@@ -131,7 +131,7 @@ def plot_latencies(record: Record, chapter: dict[str, float]) -> pd.DataFrame:
         axes.axvline(us, color=style.ALARM, linestyle=line, linewidth=1.1, label=f"chapter: {name}")
     axes.set_yticks(data.index, names)
     axes.invert_yaxis()
-    style.plain_log_ticks(axes, [0.5, 1, 2, 5, 10, 20, 50, 100])
+    style.plain_log_ticks(axes, [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100])
     axes.set(xlabel="time of an operation on the host, µs", title="Finding room")
     figure.legend(loc="outside upper right", ncols=4, fontsize=8)
     style.show(figure, style.caption(record, pages=False))
