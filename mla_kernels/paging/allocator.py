@@ -4,8 +4,9 @@ A page is *free* (on the stack), *used* (one owner or more) or *idle* (no owner,
 the prefix cache). free + used + idle = num_pages, always.
 
 What is free is a sparse set (Briggs and Torczon, "An efficient representation for sparse sets", 1993): page p
-is free exactly if ``where[p] < free`` and ``stack[where[p]] == p``. So an allocation touches no page: it
-copies the top of the stack and lowers ``free``. The count of a free page is 1 already, for its next owner.
+is free exactly if ``where[p] >= top`` and ``stack[where[p]] == p``. So an allocation touches no page: it
+copies the numbers from ``top`` on, and moves ``top``. The count of a free page is 1 already, for its next
+owner.
 """
 
 import threading
@@ -51,12 +52,12 @@ class PageAllocator:
     def __init__(self, num_pages: int, *, lock: "threading.RLock | None" = None):
         self.num_pages = check_positive("num_pages", num_pages)
         # array, not numpy: a page number is read in a third of the time. Never resized, hence never moved.
-        descending = np.arange(num_pages - 1, -1, -1, dtype=np.int32).tobytes()
-        self._stack = array("i", descending)
-        self._where = array("i", descending)  # says nothing of a page that is not free
+        ascending = np.arange(num_pages, dtype=np.int32).tobytes()
+        self._stack = array("i", ascending)  # free pages are those from _top on, and that at _top is next
+        self._where = array("i", ascending)  # says nothing of a page that is not free
         self.counts = array("i", np.ones(num_pages, dtype=np.int32).tobytes())
         self._keep = bytearray(num_pages)  # never of a free page
-        self._free = num_pages
+        self._top = 0
         self._shared = 0
         self._idle = 0
         self.lock = threading.RLock() if lock is None else lock
@@ -66,13 +67,13 @@ class PageAllocator:
         """Owners of each page, 0 of a free one, as array('i'): a copy, O(num_pages)."""
         with self.lock:
             owners = self.counts[:]
-            np.frombuffer(owners, dtype=np.int32)[self._stack[: self._free]] = 0
+            np.frombuffer(owners, dtype=np.int32)[self._stack[self._top :]] = 0
             return owners
 
     @property
     def free(self) -> int:
         """Pages on the free stack."""
-        return self._free
+        return self.num_pages - self._top
 
     @property
     def idle(self) -> int:
@@ -83,7 +84,7 @@ class PageAllocator:
     def used(self) -> int:
         """Pages with one owner or more."""
         with self.lock:
-            return self.num_pages - self._free - self._idle
+            return self._top - self._idle
 
     @property
     def shared(self) -> int:
@@ -93,10 +94,10 @@ class PageAllocator:
     def allocate(self) -> int:
         """A free page, with one owner. Raises OutOfPages if none is free."""
         with self.lock:
-            top = self._free - 1
-            if top < 0:
+            top = self._top
+            if top == self.num_pages:
                 raise self._out_of_pages(1)
-            self._free = top
+            self._top = top + 1
             return self._stack[top]
 
     def allocate_batch(self, n: int) -> array:
@@ -104,12 +105,12 @@ class PageAllocator:
         if n < 0:
             raise ValueError(f"n is {n}, must be >= 0 pages")
         with self.lock:
-            top = self._free - n
-            if top < 0:
+            top = self._top
+            end = top + n
+            if end > self.num_pages:
                 raise self._out_of_pages(n)
-            pages = self._stack[top : self._free]
-            pages.reverse()  # in the order in which allocate() would give them
-            self._free = top
+            pages = self._stack[top:end]  # in the order in which allocate() would give them
+            self._top = end
             return pages
 
     def share(self, page: int) -> None:
@@ -153,13 +154,13 @@ class PageAllocator:
                 return []
             pages = self._in_pool(pages)
             counts, keep, stack, where = self.counts, self._keep, self._stack, self._where
-            free, idle = self._free, []
+            top, idle = self._top, []
             for done, page in enumerate(pages):
                 count = counts[page] - 1
-                if count == 0 and not keep[page] and ((at := where[page]) >= free or stack[at] != page):
-                    stack[free] = page
-                    where[page] = free
-                    free += 1
+                if count == 0 and not keep[page] and ((at := where[page]) < top or stack[at] != page):
+                    top -= 1
+                    stack[top] = page
+                    where[page] = top
                 elif count > 0:
                     counts[page] = count
                     if count == 1:
@@ -169,10 +170,10 @@ class PageAllocator:
                     self._idle += 1
                     idle.append(page)
                 else:
-                    self._free = free
+                    self._top = top
                     self._undo_release(pages[:done])
                     raise ValueError(f"page {page} has no owner to release it: release a page once per owner")
-            self._free = free
+            self._top = top
             return idle
 
     def keep(self, page: int) -> None:
@@ -192,9 +193,10 @@ class PageAllocator:
             if self.counts[page] == 0:
                 self.counts[page] = 1
                 self._idle -= 1
-                self._stack[self._free] = page
-                self._where[page] = self._free
-                self._free += 1
+                top = self._top - 1
+                self._stack[top] = page
+                self._where[page] = top
+                self._top = top
 
     def _in_pool(self, pages: Iterable[int]) -> list[int]:
         pages = list(pages)
@@ -205,13 +207,13 @@ class PageAllocator:
 
     def _is_free(self, page: int) -> bool:
         at = self._where[page]
-        return at < self._free and self._stack[at] == page
+        return at >= self._top and self._stack[at] == page
 
     def _release_at_once(self, pages: Sequence[int]) -> bool:
         """Frees these pages if each has one owner, is not kept and is listed once; else changes nothing."""
-        new, free = np.asarray(pages), self._free
-        end = free + len(new)
-        if end > self.num_pages or new.dtype.kind != "i" or new.min() < 0 or new.max() >= self.num_pages:
+        new, end = np.asarray(pages), self._top
+        top = end - len(new)
+        if new.dtype.kind != "i" or new.min() < 0 or new.max() >= self.num_pages:
             return False
         counts, stack, where = (
             np.frombuffer(one, dtype=np.int32) for one in (self.counts, self._stack, self._where)
@@ -219,15 +221,15 @@ class PageAllocator:
         if (counts[new] != 1).any() or np.frombuffer(self._keep, dtype=np.uint8)[new].any():
             return False
         at = where[new]
-        if ((at < free) & (stack[at] == new)).any():
+        if ((at >= end) & (stack[at] == new)).any():
             return False
         # What follows concerns no free page until the last line, so there is nothing to undo.
-        places = np.arange(free, end, dtype=np.int32)
+        places = np.arange(end - 1, top - 1, -1, dtype=np.int32)
         where[new] = places
-        if (where[new] != places).any():  # a page listed twice has one place
+        if (where[new] != places).any():  # a page listed twice, as some must be of too many, has one place
             return False
-        stack[free:end] = new
-        self._free = end
+        stack[places] = new
+        self._top = top
         return True
 
     def _undo_share(self, pages: list[int]) -> None:
@@ -242,7 +244,7 @@ class PageAllocator:
     def _undo_release(self, pages: list[int]) -> None:
         for page in reversed(pages):
             if self._is_free(page):
-                self._free -= 1  # it lies on top of the stack: pages come back in reverse
+                self._top += 1  # it lies on top of the stack: pages come back in reverse
                 continue
             count = self.counts[page] + 1
             self.counts[page] = count
@@ -253,6 +255,6 @@ class PageAllocator:
 
     def _out_of_pages(self, n: int) -> OutOfPages:
         return OutOfPages(
-            f"{n} pages asked for, {self._free} of {self.num_pages} are free: "
+            f"{n} pages asked for, {self.free} of {self.num_pages} are free: "
             "free or truncate sequences, or make the pool larger"
         )

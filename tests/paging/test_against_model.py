@@ -138,7 +138,7 @@ class Model:
 def snapshot(cache):
     return (
         cache._allocator.owners.tobytes(),
-        cache._allocator._stack[: cache._allocator.free],
+        cache._allocator._stack[cache._allocator._top :],
         cache._tables.pages.tobytes(),
         cache._tables.lengths.tobytes(),
         cache.kv_cache.clone().view(torch.int32).tolist(),

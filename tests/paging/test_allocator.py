@@ -13,14 +13,14 @@ from mla_kernels.paging.allocator import MANY
 
 
 def state(pages):
-    return pages.owners.tobytes(), sorted(pages._stack[: pages.free]), pages.free, pages.idle, pages.shared
+    return pages.owners.tobytes(), pages._stack[pages._top :], pages.free, pages.idle, pages.shared
 
 
 def check_accounts(pages):
     """The counters against a recount of owners, and the stack against the pages that are free."""
-    free = set(pages._stack[: pages.free])
+    free = set(pages._stack[pages._top :])
     assert len(free) == pages.free
-    assert all(pages._where[page] == at for at, page in enumerate(pages._stack[: pages.free]))
+    assert all(pages._where[page] == at for at, page in enumerate(pages._stack[pages._top :], pages._top))
     idle = {page for page in range(pages.num_pages) if pages._keep[page] and pages.owners[page] == 0}
     assert free == {page for page in range(pages.num_pages) if pages.owners[page] == 0} - idle
     assert pages.idle == len(idle)
