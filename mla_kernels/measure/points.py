@@ -40,8 +40,8 @@ class Step:
 
     ``rotate`` False reads one KV set again and again. ``count``: those to run under the profiler. ``poison``
     False leaves finite values where nothing should be read: some peers multiply what they mask.
-    ``host``: also time eager calls on the host. ``memory``: measure it (``host`` does too). ``rounds``: of the
-    burst.
+    ``host``: also time eager calls on the host. ``memory``: measure it (``host`` does too). ``rounds``: of
+    the burst.
     """
 
     workload: AnyWorkload

@@ -155,8 +155,8 @@ def test_a_prefill_point_survives_the_disk(tmp_path, make_record, make_point):
 
 
 def test_variants_are_the_shipped_one_but_for_what_they_name():
-    tuning = prefill_tuning_of("mla_kernels[polynomials=2]", SMALL)
-    assert tuning == replace(VARIANTS[64, 64], polynomials=2)
+    tuning = prefill_tuning_of("mla_kernels[stages=3]", SMALL)
+    assert tuning == replace(VARIANTS[64, 64], stages=3)
     with pytest.raises(PrefillTuningError, match="'magic=1' must be one of head_dim"):
         prefill_tuning_of("mla_kernels[magic=1]", SMALL)
     named = [("mla_kernels", SMALL), ("mla_kernels[stages=99]", SMALL), ("mla_kernels[magic=1]", RAGGED)]

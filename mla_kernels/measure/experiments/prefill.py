@@ -141,7 +141,8 @@ def _sweeps() -> Iterator[Step]:
 def _step(workload: PrefillWorkload, *more: str, **fields) -> Step:
     """Ours and the fastest peers; at d 64 also without polynomials, if what ships has some."""
     ablated = ()
-    if (workload.d_qk, workload.ragged) == (64, False) and VARIANTS[64, 64].polynomials:
+    polynomials = getattr(VARIANTS[64, 64], "polynomials", 0)
+    if (workload.d_qk, workload.ragged) == (64, False) and polynomials:
         ablated = (WITHOUT_POLYNOMIALS,)
     return Step(workload, (DECODE, *ablated, *FASTEST, *more), **fields)
 
