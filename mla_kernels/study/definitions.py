@@ -16,6 +16,7 @@ from mla_kernels.measure.workloads import spread_evenly
 from mla_kernels.tuning import ROWS
 
 from . import fits
+from .definitions_of_prefill import PREFILL
 from .definitions_of_sequences import PAGING, VARLEN
 from .duels import FLASH_MLA, absorbed_error, duels, geometric_mean, gpu_bytes, is_compute_bound
 
@@ -46,7 +47,7 @@ class Definition:
         """Whether a record can tell: of the experiment named, or of one without definitions of its own."""
         if self.experiment:
             return record.experiment == self.experiment
-        return record.experiment not in ("varlen", "paging")
+        return record.experiment not in ("varlen", "paging", "prefill")
 
 
 def _decode(record: Record, *modes: str) -> Iterator[Point]:
@@ -312,4 +313,5 @@ DEFINITIONS = (
     *(Definition(*fields, "tuning") for fields in _TUNING),
     *(Definition(*fields, "varlen") for fields in VARLEN),
     *(Definition(*fields, "paging") for fields in PAGING),
+    *(Definition(*fields, "prefill") for fields in PREFILL),
 )

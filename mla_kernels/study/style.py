@@ -31,6 +31,11 @@ COLOURS = {
     "peer:torch_absorbed": _PALETTE[8],
     "peer:torch_decompressed": _PALETTE[9],
     "peer:fa2_decompressed": _PALETTE[3],
+    "mla_kernels[polynomials=0]": _PALETTE[9],
+    "peer:prefill_fa3": _PALETTE[2],
+    "peer:prefill_cudnn": _PALETTE[1],
+    "peer:prefill_fa2": _PALETTE[4],
+    "peer:prefill_math": _PALETTE[7],
 }
 LABELS = {
     "mla_kernels": "mla_decode",
@@ -46,6 +51,11 @@ LABELS = {
     "peer:torch_absorbed": "PyTorch, absorbed",
     "peer:torch_decompressed": "PyTorch, decompressed",
     "peer:fa2_decompressed": "FA2, decompressed",
+    "mla_kernels[polynomials=0]": "without polynomials",
+    "peer:prefill_fa3": "FA3",
+    "peer:prefill_cudnn": "cuDNN",
+    "peer:prefill_fa2": "FA2 (torch)",
+    "peer:prefill_math": "PyTorch",
 }
 MARKERS = {"mla_kernels": "o", "block:stream": "s", "block:skeleton": "D", "block:mma": "^"}
 CEILING = "#444444"

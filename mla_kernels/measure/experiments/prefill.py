@@ -108,7 +108,8 @@ def steps(scope: str) -> Iterator[Step]:
     full = scope != "live"
     for b, s in CHAPTER_ROWS:
         rounds = CHAPTER_REPEATS if full else ROUNDS
-        yield _step(prefill(b, s, 32, (64, 64)), FA2, MATH, host=True, memory=True, rounds=rounds)
+        host = (b, s) == CHAPTER_ROWS[0]
+        yield _step(prefill(b, s, 32, (64, 64)), FA2, MATH, host=host, memory=True, rounds=rounds)
     for b, s, h in CHAPTER_BANDWIDTHS if full else ():
         yield _step(prefill(b, s, h, (64, 64)))
     if scope == "whole":

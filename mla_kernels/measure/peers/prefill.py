@@ -119,8 +119,8 @@ class PrefillFA2(Peer):
 class PrefillCuDNN(Peer):
     """The cuDNN backend of torch's scaled_dot_product_attention.
 
-    Ragged sequences reach it as nested tensors do, ``aten._cudnn_attention_forward`` with where they begin,
-    which in torch 2.11 ends in CUDNN_STATUS_INTERNAL_ERROR on an H100: not asked for.
+    Of ragged sequences, as nested tensors bring them (``aten._cudnn_attention_forward`` with where they begin),
+    torch 2.11 computes the right result, but what it does on the way invalidates a CUDA graph's capture.
     """
 
     source = "cuDNN, as torch has it"
@@ -134,7 +134,7 @@ class PrefillCuDNN(Peer):
             not workload.causal or workload.lengths_q == workload.lengths_k,
             "torch aligns cuDNN's causal mask at the top left",
         )
-        require(not workload.ragged, "torch's cuDNN fails on ragged sequences (CUDNN_STATUS_INTERNAL_ERROR)")
+        require(not workload.ragged, "torch's cuDNN on ragged sequences cannot be captured in a CUDA graph")
         attend = torch.ops.aten._scaled_dot_product_cudnn_attention
 
         def call(q, k, v):
