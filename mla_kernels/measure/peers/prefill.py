@@ -119,8 +119,8 @@ class PrefillFA2(Peer):
 class PrefillCuDNN(Peer):
     """The cuDNN backend of torch's scaled_dot_product_attention.
 
-    Of ragged sequences, as nested tensors bring them (``aten._cudnn_attention_forward`` with where they begin),
-    torch 2.11 computes the right result, but what it does on the way invalidates a CUDA graph's capture.
+    Of ragged sequences, as nested tensors bring them (``aten._cudnn_attention_forward``), torch 2.11 computes
+    the right result, but what it does on the way invalidates the capture of a CUDA graph.
     """
 
     source = "cuDNN, as torch has it"
