@@ -28,6 +28,9 @@ class PrefillTuning:
         keys: of a tile.
         stages: tiles of K, and of V, that shared memory holds.
         consumer_registers, producer_registers: of a thread of those warpgroups.
+        polynomials: of every eight exponentials, those that the FMA pipe evaluates.
+        turns: the consumers issue WGMMA one after the other, not as it comes.
+        compares: every score with the reference of its row, not only the sums of probabilities with a limit.
     """
 
     head_dim: int
@@ -37,6 +40,9 @@ class PrefillTuning:
     stages: int
     consumer_registers: int = 240
     producer_registers: int = 24
+    polynomials: int = 0
+    turns: bool = True
+    compares: bool = True
 
     def __post_init__(self) -> None:
         _require(self.consumers in (2, 3), "consumers", self.consumers, "2 or 3", "take one of them")
@@ -73,10 +79,15 @@ class PrefillTuning:
             ("MLA_CONSUMERS", self.consumers),
             ("MLA_KEYS", self.keys),
             ("MLA_STAGES", self.stages),
+            ("MLA_POLYNOMIALS", self.polynomials),
+            ("MLA_TURNS", int(self.turns)),
+            ("MLA_COMPARES", int(self.compares)),
             ("MLA_CONSUMER_REGISTERS", self.consumer_registers),
             ("MLA_PRODUCER_REGISTERS", self.producer_registers),
         )
-        name = f"prefill-{element}-{self.head_dim}x{self.head_dim_v}-{self.rows}x{self.keys}"
+        name = f"prefill-{element}-{self.head_dim}x{self.head_dim_v}-{self.rows}x{self.keys}x{self.stages}"
+        name += f"-{self.polynomials}of8" * (self.polynomials > 0)
+        name += "-sums" * (not self.compares) + "-free" * (not self.turns)
         threads = (1 + self.consumers) * WARPGROUP
         return KernelConfig("prefill.cu", defines, name, self.shared_bytes, threads, programmatic=False)
 
@@ -90,10 +101,10 @@ def _require(condition: bool, name: str, value: object, limit: str, remedy: str)
 VARIANTS = {
     (tuning.head_dim, tuning.head_dim_v): tuning
     for tuning in (
-        PrefillTuning(64, 64, consumers=2, keys=128, stages=4),
-        PrefillTuning(128, 128, consumers=2, keys=128, stages=2),
-        PrefillTuning(192, 128, consumers=2, keys=128, stages=2),
-        PrefillTuning(256, 256, consumers=2, keys=64, stages=2),
+        PrefillTuning(64, 64, 3, 128, 4, consumer_registers=160, producer_registers=32, compares=False),
+        PrefillTuning(128, 128, 3, 80, 4, consumer_registers=160, producer_registers=32, compares=False),
+        PrefillTuning(192, 128, consumers=2, keys=128, stages=2, turns=False),
+        PrefillTuning(256, 256, consumers=2, keys=80, stages=2, compares=False),
     )
 }
 HEAD_DIMS = tuple(VARIANTS)

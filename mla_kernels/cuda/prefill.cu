@@ -12,6 +12,7 @@
 #include "prefill_softmax.cuh"
 
 constexpr int kCount = kKeys / 2, kCountV = kHeadDimV / 2;  // accumulators of a thread
+constexpr int kSteps = kKeys / kStepK;                      // WGMMA of P V
 
 struct SharedMemory {  // at a multiple of 1,024 bytes, the swizzle's atom
     u16 q[kBoxes][kRows * kBoxColumns];
@@ -21,6 +22,7 @@ struct SharedMemory {  // at a multiple of 1,024 bytes, the swizzle's atom
     TileRing<kBoxesV>::Barriers v_barriers;
     u64 q_full, q_empty;
     ItemQueue queue;
+    u32 too_large[kConsumers][2];  // a probability of the tile at hand is, by the tile's parity: one warp may be a tile ahead
 };
 
 __device__ __forceinline__ bool leads_warp() { return (launder(threadIdx.x) & 31) == 0; }
@@ -103,6 +105,15 @@ struct Consumer {
         named_barrier_arrive(kBarrierTurn + (self + 1 == kConsumers ? 0 : self + 1), 2 * kWarpgroup);
     }
 
+    __device__ void release_keys() {
+        release(&smem.k_barriers.empty[k.slot]);
+        k.next();
+    }
+    __device__ void release_values() {
+        release(&smem.v_barriers.empty[v.slot]);
+        v.next();
+    }
+
     __device__ void issue_scores(float (&s)[kCount]) {
         mbarrier_wait(&smem.k_barriers.full[k.slot], k.phase);
         const u32 query = descriptor_along_row(smem.q) + self * (kWarpgroupRows * kBoxRowBytes >> 4);
@@ -116,13 +127,12 @@ struct Consumer {
                                   key + c * (kKeyBoxBytes >> 4) + step * kAdvanceAlongRow, c > 0 || step > 0);
         wgmma_commit();
     }
-    template <bool kFirst>
-    __device__ void issue_values(float (&o)[kCountV], const u32 (&packed)[kKeys / kStepK][4]) {
+    __device__ void issue_values(float (&o)[kCountV], const u32 (&packed)[kSteps][4]) {
         mbarrier_wait(&smem.v_barriers.full[v.slot], v.phase);
         const u32 value = descriptor_down_rows(smem.v.box) + v.slot * (TileRing<kBoxesV>::kBytes >> 4);
         wgmma_fence();
 #pragma unroll
-        for (int step = 0; step < kKeys / kStepK; ++step) wgmma_rs_n<kHeadDimV>(o, packed[step], value + step * kAdvanceDownRows, !kFirst || step > 0);
+        for (int step = 0; step < kSteps; ++step) wgmma_rs_n<kHeadDimV>(o, packed[step], value + step * kAdvanceDownRows, true);
         wgmma_commit();
     }
 
@@ -138,77 +148,114 @@ struct Consumer {
         }
     }
 
-    // Tile `tile`'s scores are issued while `packed` holds the probabilities of the one after, whose P V follows.
-    template <bool kFirst>
-    __device__ void step(const Item& item, int tile, bool masked, RowStats& stats, float (&o)[kCountV], u32 (&packed)[kKeys / kStepK][4]) {
-        float s[kCount], factor[2];
-        wait_turn();
-        issue_scores(s);
-        issue_values<kFirst>(o, packed);
-        pass_turn();
-        wgmma_wait<1>();
-        wgmma_fence_operands(s);
-        release(&smem.k_barriers.empty[k.slot]);
-        k.next();
-        if (masked) mask(item, tile, s);
-        const bool moved = stats.follow(s, p.softmax_scale_log2, factor);
-        stats.exponentiate(s, p.softmax_scale_log2);
-        wgmma_wait<0>();
-        wgmma_fence_operands(o);
-        wgmma_fence_operands(s);  // or ptxas packs them before, in more registers than there are
-        release(&smem.v_barriers.empty[v.slot]);
-        v.next();
+    // Keys that all rows see: those that the first one does.
+    __device__ int sees(const Item& item) const {
+        return p.causal ? min(item.keys, item.diagonal + static_cast<int>(self) * kWarpgroupRows) : item.keys;
+    }
+    // Where rows may see little or nothing so far: hides some keys, and finds or moves the reference; whether it moved.
+    __device__ bool refer(const Item& item, int tile, RowStats& stats, float (&s)[kCount], float (&factor)[2]) const {
+        if ((tile + 1) * kKeys > sees(item)) mask(item, tile, s);
+        return stats.follow(s, p.softmax_scale_log2, factor);
+    }
+    __device__ void finish_tile(bool moved, const float (&factor)[2], RowStats& stats, const float (&s)[kCount], float (&o)[kCountV], u32 (&packed)[kSteps][4]) const {
+        float sum[2];
         if (moved) {
 #pragma unroll
             for (int i = 0; i < kCountV; ++i) o[i] *= factor[i / 2 & 1];
         }
-        pack_probabilities(s, packed);
+        stats.exponentiate(s, p.softmax_scale_log2, sum, packed);
+        stats.add(sum);
+    }
+
+    // A tile's probabilities, nothing else: the first tile's, or again with another reference.
+    __device__ void tile_alone(const Item& item, int tile, RowStats& stats, float (&o)[kCountV], u32 (&packed)[kSteps][4]) {
+        float s[kCount], factor[2];
+        issue_scores(s);
+        wgmma_wait<0>();
+        wgmma_fence_operands(s);
+        release_keys();
+        const bool moved = refer(item, tile, stats, s, factor);
+        finish_tile(moved, factor, stats, s, o, packed);
+    }
+    // The others issue a tile's scores, then P V of the tile after, whose probabilities are `packed`; they leave this one's there.
+    __device__ void issue_step(float (&s)[kCount], float (&o)[kCountV], const u32 (&packed)[kSteps][4]) {
+        issue_scores(s);
+        issue_values(o, packed);
+        if (kTurns) pass_turn();
+    }
+    __device__ void tile_compared(const Item& item, int tile, RowStats& stats, float (&o)[kCountV], u32 (&packed)[kSteps][4]) {
+        float s[kCount], factor[2];
+        issue_step(s, o, packed);
+        wgmma_wait<1>();
+        wgmma_fence_operands(s);
+        release_keys();
+        const bool moved = refer(item, tile, stats, s, factor);
+        wgmma_wait<0>();
+        wgmma_fence_operands(s);
+        wgmma_fence_operands(o);
+        release_values();
+        finish_tile(moved, factor, stats, s, o, packed);
+        if (kTurns && tile > 0) wait_turn();
+    }
+    // False if the tile must be done again, by tile_alone.
+    __device__ bool tile_unchecked(int tile, RowStats& stats, float (&o)[kCountV], u32 (&packed)[kSteps][4]) {
+        float s[kCount], sum[2];
+        issue_step(s, o, packed);
+        wgmma_wait<0>();
+        wgmma_fence_operands(s);
+        wgmma_fence_operands(o);
+        release_values();
+        stats.exponentiate(s, p.softmax_scale_log2, sum, packed);
+        if (fmaxf(sum[0], sum[1]) > kLargest) smem.too_large[self][tile & 1] = 1;
+        if (kTurns && tile > 0) wait_turn();  // all of the warpgroup meet here
+        else named_barrier_sync(kBarrierMeet + self, kWarpgroup);
+        if (*static_cast<volatile u32*>(&smem.too_large[self][tile & 1]) != 0) return false;
+        stats.add(sum);
+        release_keys();
+        return true;
     }
 
     __device__ void attend(const Item& item, u32 item_phase) {
         float o[kCountV];
         RowStats stats;
-        if (item.tiles == 0) {
 #pragma unroll
-            for (int i = 0; i < kCountV; ++i) o[i] = 0.f;
+        for (int i = 0; i < kCountV; ++i) o[i] = 0.f;  // (A first step apart, that sets it, costs 32 registers.)
+        if (item.tiles == 0) {
             store(item, stats, o);
             return;
         }
-        u32 packed[kKeys / kStepK][4];
+        u32 packed[kSteps][4];
         int tile = item.tiles - 1;
-        // tiles from this one on have keys that the warpgroup's first row does not see
-        const int seen_by_all = p.causal ? min(item.keys, item.diagonal + static_cast<int>(self) * kWarpgroupRows) : item.keys;
-        {
-            float s[kCount], factor[2];
-            mbarrier_wait(&smem.q_full, item_phase);
-            issue_scores(s);
-            wgmma_wait<0>();
-            wgmma_fence_operands(s);
-            release(&smem.k_barriers.empty[k.slot]);
-            k.next();
-            if ((tile + 1) * kKeys > seen_by_all) mask(item, tile, s);
-            stats.follow(s, p.softmax_scale_log2, factor);
-            stats.exponentiate(s, p.softmax_scale_log2);
-            pack_probabilities(s, packed);
-        }
-        if (tile > 0) {
-            --tile;
-            step<true>(item, tile, (tile + 1) * kKeys > seen_by_all, stats, o, packed);
+        bool again = false;
+        mbarrier_wait(&smem.q_full, item_phase);
 #pragma unroll 1
-            while (tile > 0) {
+        do {
+            tile_alone(item, tile, stats, o, packed);
+            if (kTurns && tile > 0 && !again) wait_turn();
+            again = false;
+#pragma unroll 1
+            while (tile > 0 && (kCompares || tile * kKeys >= sees(item))) {  // or rows saw nothing of the tiles after
                 --tile;
-                step<false>(item, tile, (tile + 1) * kKeys > seen_by_all, stats, o, packed);
+                tile_compared(item, tile, stats, o, packed);
             }
-            release(&smem.q_empty);
-            issue_values<false>(o, packed);
-        } else {
-            release(&smem.q_empty);
-            issue_values<true>(o, packed);
-        }
+            if constexpr (!kCompares) {
+#pragma unroll 1
+                while (tile > 0 && !again) {
+                    --tile;
+                    again = !tile_unchecked(tile, stats, o, packed);
+                }
+                if (again) {
+                    named_barrier_sync(kBarrierMeet + self, kWarpgroup);
+                    smem.too_large[self][tile & 1] = 0;
+                    named_barrier_sync(kBarrierMeet + self, kWarpgroup);
+                }
+            }
+        } while (again);
+        release(&smem.q_empty);
+        issue_values(o, packed);
         wgmma_wait<0>();
         wgmma_fence_operands(o);
-        release(&smem.v_barriers.empty[v.slot]);
-        v.next();
+        release_values();
         store(item, stats, o);
     }
 
@@ -250,7 +297,7 @@ struct Consumer {
     __device__ void run() {
         Place<ItemQueue::kSlots> slot;
         u32 item_phase = 0;
-        if (self == 0) named_barrier_arrive(kBarrierTurn, 2 * kWarpgroup);  // the first turn is its own
+        if (kTurns && self == 0) named_barrier_arrive(kBarrierTurn, 2 * kWarpgroup);  // the first turn is its own
         while (true) {
             mbarrier_wait(&smem.queue.full[slot.slot], slot.phase);
             const Item& from = smem.queue.item[slot.slot];
@@ -274,6 +321,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) mla_prefill(const __gr
     if (threadIdx.x == 0) {
         smem.k_barriers.init(), smem.v_barriers.init(), smem.queue.init_barriers();
         mbarrier_init(&smem.q_full, 1), mbarrier_init(&smem.q_empty, kConsumers * kWarpgroup / 32);
+        for (auto& flags : smem.too_large) flags[0] = flags[1] = 0;
         fence_barrier_init();
     }
     __syncthreads();

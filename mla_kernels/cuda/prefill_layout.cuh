@@ -9,6 +9,8 @@ constexpr int kStages = MLA_STAGES;                                 // tiles of 
 constexpr int kWarpgroup = 128, kWarpgroupRows = 64;
 constexpr int kRows = kConsumers * kWarpgroupRows;  // of queries, a CTA's
 constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
+constexpr bool kTurns = MLA_TURNS;                  // consumers take turns in issuing WGMMA
+constexpr bool kCompares = MLA_COMPARES;            // every score with its row's reference (prefill_softmax.cuh)
 static_assert(kConsumers == 2 || kConsumers == 3, "turns are taken by two or three");
 static_assert(kKeys % 16 == 0 && kKeys <= 256 && kRows <= 256, "TMA boxes have up to 256 rows, PV takes 16 keys a step");
 
@@ -50,3 +52,4 @@ struct TileRing {
 
 // Named barriers (0 is __syncthreads): whose turn it is to issue WGMMA, one a consumer.
 constexpr u32 kBarrierTurn = 1;
+constexpr u32 kBarrierMeet = kBarrierTurn + kConsumers;  // the warps of a consumer, one each

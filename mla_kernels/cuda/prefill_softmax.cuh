@@ -7,6 +7,26 @@
 // Probabilities are 2 ^ (score - reference): the reference follows the largest score only when that passes it by this much, since
 // then O must be scaled anew. (Rounding is relative, so the size of probabilities does not matter; fp16 holds up to 65,504.)
 constexpr float kHeadroom = 8.f;
+// Where all rows have a reference, it is not even compared: that takes as long as a third of the rest. If it was too low after all,
+// sums tell, and the tile is done again.
+constexpr float kLargest = MLA_BF16 ? 0x1p64f : 0x1p15f;
+
+// Of every eight exponentials this many are evaluated by polynomial on the FMA pipe, not by the exponential unit: that does 16 a
+// clock, and at head dim 64 the tensor cores do the products of 16 scores a clock, so each would wait for the other.
+constexpr int kPolynomials = MLA_POLYNOMIALS;
+
+// 2 ^ x for x < 128 (at most 2 ^ -126 below that), to 8e-5 of itself: the integer part into the exponent (Cody and Waite), the
+// rest, within 1/2 of 0, by a polynomial of least relative error.
+__device__ __forceinline__ float exp2_polynomial(float x) {
+    constexpr float kRound = 12582912.f;  // 1.5 * 2 ^ 23: numbers around it are integers
+    x = fmaxf(x, -126.f);
+    const float shifted = x + kRound;
+    const float rest = x - (shifted - kRound);
+    float y = fmaf(rest, 0.0551716685f, 0.242611125f);
+    y = fmaf(y, rest, 0.693260968f);
+    y = fmaf(y, rest, 0.999928057f);
+    return __int_as_float(__float_as_int(y) + (__float_as_int(shifted) << 23));
+}
 
 struct RowStats {
     float reference[2] = {-kInfinity, -kInfinity};  // in powers of two
@@ -43,20 +63,30 @@ struct RowStats {
         }
         return true;
     }
-    // Scores -> probabilities, in place.
+    // Scores -> probabilities, as the A operand of PV, and their sums.
     template <int kCount>
-    __device__ void exponentiate(float (&s)[kCount], float scale) {
+    __device__ void exponentiate(const float (&s)[kCount], float scale, float (&row_sum)[2], u32 (&packed)[kCount / 8][4]) const {
         float part[2][2] = {};
         float offset[2];
 #pragma unroll
         for (int r = 0; r < 2; ++r) offset[r] = reference[r] == -kInfinity ? 0.f : -reference[r];  // no -inf + inf
 #pragma unroll
-        for (int i = 0; i < kCount; ++i) {
-            s[i] = exp2_approx(fmaf(s[i], scale, offset[i / 2 & 1]));
-            part[i / 2 & 1][i & 1] += s[i];
+        for (int i = 0; i < kCount; i += 2) {
+            float y[2];
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+                const float x = fmaf(s[i + k], scale, offset[i / 2 & 1]);
+                y[k] = i / 4 % 8 < kPolynomials ? exp2_polynomial(x) : exp2_approx(x);
+                part[i / 2 & 1][k] += y[k];
+            }
+            packed[i / 8][i / 2 % 4] = pack_elements(y[0], y[1]);
         }
 #pragma unroll
-        for (int r = 0; r < 2; ++r) sum[r] += part[r][0] + part[r][1];
+        for (int r = 0; r < 2; ++r) row_sum[r] = part[r][0] + part[r][1];
+    }
+    __device__ void add(const float (&row_sum)[2]) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) sum[r] += row_sum[r];
     }
     // When all tiles are seen: sums of whole rows.
     __device__ void finish() {
@@ -73,12 +103,3 @@ struct RowStats {
         return blind(r) ? -kInfinity : (reference[r] + log2_sum) * 0.6931471805599453f;
     }
 };
-
-// Probabilities as the A operand of PV.
-template <int kCount>
-__device__ __forceinline__ void pack_probabilities(const float (&s)[kCount], u32 (&packed)[kCount / 8][4]) {
-#pragma unroll
-    for (int step = 0; step < kCount / 8; ++step)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) packed[step][i] = pack_elements(s[step * 8 + i * 2], s[step * 8 + i * 2 + 1]);
-}
