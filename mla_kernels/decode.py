@@ -12,7 +12,7 @@ from mla_kernels.arguments import HEAD_DIM, HEAD_DIM_V, check_decode_arguments
 from mla_kernels.choice import active_table
 from mla_kernels.compiler import KernelConfig
 from mla_kernels.device import HOPPER, STILL_WORKS, DeviceUnavailable, capability
-from mla_kernels.plan import DecodePlan
+from mla_kernels.plan import DecodePlan, result_shapes
 from mla_kernels.tuning import PAGE_SIZES, PAGES, DecodeTuning
 
 BLOCKS = ("stream", "mma", "skeleton")
@@ -132,17 +132,17 @@ def _decode(tensors, out, head_dim_v, softmax_scale, causal, variant=None, cu_se
             if len(_plans) >= _PLANS_KEPT:
                 _plans.clear()
             _plans[key] = plan
-    if os.environ.get("MLA_KERNELS_CHECK") == "1":
+    if os.environb.get(b"MLA_KERNELS_CHECK") == b"1":  # (no encoding of the name: 1 us less)
         check_device_values(kv_cache, block_table, cache_seqlens)
         if cu_seqlens_q is not None:
             check_query_starts(cu_seqlens_q, len(q))
     if plan is PORTABLE:
         return _decode_portable(*tensors, check_softmax_scale(softmax_scale), causal, out, cu_seqlens_q)
-    *tokens, h_q, _ = q.shape  # (b, s_q), or (total_q,)
+    out_shape, lse_shape = result_shapes(q) if plan is None else plan.result_shapes
     if out is None:
-        out = torch.empty((*tokens, h_q, HEAD_DIM_V), dtype=q.dtype, device=q.device)
-    lse = torch.empty((*tokens[:-1], h_q, tokens[-1]), dtype=torch.float32, device=q.device)
-    if tokens[0]:
+        out = q.new_empty(out_shape)
+    lse = q.new_empty(lse_shape, dtype=torch.float32)
+    if plan is not None:
         _check_alignment(q, kv_cache, out)
         plan.run(q, kv_cache, block_table, cache_seqlens, out, lse, cu_seqlens_q)
     return out, lse
@@ -320,6 +320,5 @@ def _decode_op(
 
 @_decode_op.register_fake
 def _decode_fake(q, kv_cache, block_table, cache_seqlens, softmax_scale, causal, cu_seqlens_q=None):
-    *tokens, h_q, _ = q.shape
-    lse = q.new_empty((*tokens[:-1], h_q, tokens[-1]), dtype=torch.float32)
-    return q.new_empty((*tokens, h_q, HEAD_DIM_V)), lse
+    out_shape, lse_shape = result_shapes(q)
+    return q.new_empty(out_shape), q.new_empty(lse_shape, dtype=torch.float32)

@@ -51,6 +51,12 @@ def _chosen(query_rows: int, b: int, pages: int, ctas: int, variant) -> tuple[De
     return active_table().serving(query_rows, b, pages, ctas), variant or "decode"
 
 
+def result_shapes(q: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of out and lse, for queries (b, s_q, h_q, 576) or, of their own number, (total_q, h_q, 576)."""
+    *tokens, h_q, _ = q.shape
+    return (*tokens, h_q, HEAD_DIM_V), (*tokens[:-1], h_q, tokens[-1])
+
+
 class DecodePlan:
     """A launch of the decode kernel for tensors of these shapes on one device.
 
@@ -69,6 +75,7 @@ class DecodePlan:
         total_q = q.numel() // (h_q * q.shape[-1])
         s_q = -(-total_q // b)  # of ragged queries the mean: what the choice and the grid are made for
         self.device = q.device.index
+        self.result_shapes = result_shapes(q)
         ctas = launch.sm_count(self.device)
         tuning, work = _chosen(s_q * h_q, b, -(-max_pages * page_size // TILE_TOKENS), ctas, variant)
         pages = pages_of(page_size, ragged)
