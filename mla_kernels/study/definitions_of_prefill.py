@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from mla_kernels.measure import figures
 from mla_kernels.measure.calls import PrefillWorkload
+from mla_kernels.measure.candidates import changes_of, is_candidate
 from mla_kernels.measure.figures import DECODE, label
 from mla_kernels.measure.prefill_inputs import evenly
 from mla_kernels.measure.records import PEER, Point, Record
@@ -21,7 +22,7 @@ Where = Callable[[PrefillWorkload], bool]
 
 OURS = DECODE
 MATH = PEER + "prefill_math"
-WITHOUT_POLYNOMIALS = f"{DECODE}[polynomials=0]"
+NO_POLYNOMIALS, POLYNOMIALS = (f"{DECODE}[polynomials={n}]" for n in (0, 2))  # of every eight exponentials
 MLA_POINT = (1, 16384, 128)  # b, s, heads at which FA3 was best, causal
 
 
@@ -69,14 +70,12 @@ def error_ratios(record: Record) -> Candidates:
             yield duel.ours.error.out_rel_l2 / peer.error.out_rel_l2, label(duel.ours)
 
 
-def polynomial_gains(record: Record) -> Iterator[tuple[float, Point]]:
-    """Our speed over that without polynomials."""
-    plain = {
-        p.workload: p for p in record.points if p.implementation == WITHOUT_POLYNOMIALS and p.status == "ok"
-    }
-    for point in ours(record):
-        if other := plain.get(point.workload):
-            yield figures.speed_ratio(point, other), point
+def variant_gains(record: Record) -> Iterator[tuple[str, float, Point]]:
+    """(change, speed over what ships, point) of each variant of the kernel that was timed."""
+    shipped = {point.workload: point for point in ours(record)}
+    for point in record.points:
+        if is_candidate(point.implementation) and point.status == "ok" and point.workload in shipped:
+            yield changes_of(point.implementation), figures.speed_ratio(point, shipped[point.workload]), point
 
 
 def _ratios(mode: str, where: Where) -> Callable[[Record], Candidates]:
@@ -97,8 +96,13 @@ def _geomean(where: Where) -> Callable[[Record], Candidates]:
 
 
 def _polynomial_gain(record: Record) -> Candidates:
-    gains = [gain for gain, _ in polynomial_gains(record)]
-    yield geometric_mean(gains), f"burst, d 64, {len(gains)} points"
+    """What ships has none, and a variant has; or it has some, and a variant none."""
+    for implementation, sign in ((POLYNOMIALS, 1), (NO_POLYNOMIALS, -1)):
+        gains = [
+            gain**sign for _, gain, point in variant_gains(record) if point.implementation == implementation
+        ]
+        if gains:
+            yield geometric_mean(gains), f"burst, d 64, {len(gains)} points"
 
 
 def _energy(record: Record) -> Candidates:

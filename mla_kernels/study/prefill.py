@@ -14,7 +14,7 @@ from mla_kernels.measure.experiments import prefill as experiment
 from mla_kernels.measure.records import Point, Record
 
 from . import style
-from .definitions_of_prefill import MATH, OURS, WITHOUT_POLYNOMIALS, duels, polynomial_gains, whole
+from .definitions_of_prefill import MATH, OURS, duels, variant_gains, whole
 from .definitions_of_prefill import varlen_fraction as fractions
 
 NAMES = {
@@ -189,7 +189,7 @@ def plot_varlen(record: Record) -> pd.DataFrame:
     rows = [{"call": where.split(", ", 1)[1], "fraction": value} for value, where in fractions(record)]
     data = pd.DataFrame(rows).sort_values("fraction").reset_index(drop=True)
     drawn = data.call.str.contains("lognormal")
-    figure, axes = style.new_figure(width=9.5, height=0.6 + 0.22 * len(data))
+    figure, axes = style.new_figure(width=9.5, height=max(2.6, 0.6 + 0.22 * len(data)))
     colours = [style.COLOURS[OURS] if varied else style.COLOURS[experiment.CUDNN] for varied in drawn]
     axes.barh(data.index, data.fraction, color=colours)
     axes.axvline(0.95, color=style.ALARM, linewidth=1.1, linestyle="-.")
@@ -201,33 +201,30 @@ def plot_varlen(record: Record) -> pd.DataFrame:
     return data.assign(lengths_differ=drawn)
 
 
-def plot_polynomials(record: Record) -> pd.DataFrame:
-    """What polynomials for part of the exponentials are worth at d 64, by length. May be empty."""
+def variants(record: Record) -> pd.DataFrame:
+    """What each change of the kernel of d 64 does to its speed, by length and mask. May be empty."""
     rows = [
-        {
-            "s": p.workload.mean_len,
-            "b": p.workload.b,
-            "h": p.workload.h_q,
-            "causal": p.workload.causal,
-            "gain": gain,
-        }
-        for gain, p in polynomial_gains(record)
+        {"change": change, "s": p.workload.mean_len, "causal": p.workload.causal, "speed": gain}
+        for change, gain, p in variant_gains(record)
     ]
-    data = pd.DataFrame(rows, columns=["s", "b", "h", "causal", "gain"])
+    return pd.DataFrame(rows, columns=["change", "s", "causal", "speed"])
+
+
+def plot_variants(record: Record) -> pd.DataFrame:
+    """Speed with a change over that of what ships, against the length: d 64, b 1, 32 heads, not causal."""
+    data = variants(record)
     if data.empty:
         return data
-    figure, axes = style.new_figure(width=8)
-    for causal, marker in ((False, "o"), (True, "s")):
-        part = data[data.causal == causal]
-        axes.scatter(part.s, part.gain, marker=marker, label="causal" if causal else "full", zorder=3)
+    figure, axes = style.new_figure(width=8.5)
+    palette = style.sns.color_palette("colorblind")
+    for colour, (change, part) in zip(palette, data[~data.causal].groupby("change"), strict=False):
+        axes.plot(part.s, part.speed, marker="o", color=colour, label=change)
     axes.axhline(1, color=style.CEILING, linewidth=1.1)
     style.plain_log_ticks(axes, sorted(data.s.unique()))
     axes.set(
-        xlabel="tokens",
-        ylabel="times the speed without",
-        title="Exponentials partly by polynomial, d 64, dense",
+        xlabel="tokens", ylabel="speed over what ships", title="One choice of the kernel changed, d 64, full"
     )
-    axes.legend()
+    figure.legend(loc="outside right center")
     style.show(figure, caption(record))
     return data
 
@@ -312,8 +309,9 @@ def host_us(record: Record) -> dict[str, float]:
     """Host time of one eager call in µs by name: median over the points where it was measured."""
     times: dict[str, list[float]] = {}
     for point in record.points:
-        if point.status == "ok" and point.mode == "burst" and (us := figures.host_us(point)) is not None:
-            times.setdefault(NAMES.get(point.implementation, WITHOUT_POLYNOMIALS), []).append(us)
+        us = figures.host_us(point)
+        if point.status == "ok" and point.mode == "burst" and us is not None:
+            times.setdefault(NAMES[point.implementation], []).append(us)
     return {name: statistics.median(found) for name, found in times.items()}
 
 

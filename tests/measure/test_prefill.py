@@ -165,6 +165,11 @@ def test_variants_are_the_shipped_one_but_for_what_they_name():
     assert set(reasons) == {("bf16", "mla_kernels[stages=99]"), ("fp16", "mla_kernels[magic=1]")}
 
 
+def test_variants_that_are_timed_differ_from_what_ships():
+    for name in experiment.variants():
+        assert prefill_tuning_of(name, SMALL) != VARIANTS[64, 64]
+
+
 def test_the_whole_grid_is_the_chapters():
     every = list(experiment.whole())
     assert len(every) == len(set(map(str, every))) == 2 * 5 * 6 * 5 * 2 * 2 * 2

@@ -3,17 +3,16 @@
 import pytest
 
 from mla_kernels.measure import figures
-from mla_kernels.measure.experiments import prefill as experiment
 from mla_kernels.measure.prefill_inputs import evenly, prefill, prefill_lognormal
 from mla_kernels.measure.records import Accuracy, Memory
 from mla_kernels.study import prefill as study
 from mla_kernels.study.findings import findings
 
 OURS, FA3, CUDNN, FA2, MATH = study.NAMES
-PLAIN = experiment.WITHOUT_POLYNOMIALS
+PLAIN, POLY, TURNS = (f"{OURS}[{change}]" for change in ("polynomials=0", "polynomials=2", "turns=0"))
 ROW = prefill(1, 4096, 32, (64, 64))
 LONG = prefill(1, 16384, 128, (192, 128), causal=True)
-SPEEDS = {OURS: 1.2, PLAIN: 1.0, FA3: 1.0, CUDNN: 0.8, FA2: 0.6, MATH: 0.1}  # of 500 TFLOP/s
+SPEEDS = {OURS: 1.2, POLY: 1.0, TURNS: 1.14, FA3: 1.0, CUDNN: 0.8, FA2: 0.6, MATH: 0.1}  # of 500 TFLOP/s
 
 
 def us(workload, speed):
@@ -51,7 +50,7 @@ def test_findings_are_the_worst_of_their_points(record):
     assert found["prefill.chunk_vs_best"] == pytest.approx(0.5), "not of the grid"
     assert found["prefill.sustained_vs_best"] == pytest.approx(1.2)
     assert found["prefill.varlen_fraction"] == pytest.approx(1.1 / 1.3)
-    assert found["prefill.polynomial_gain"] == pytest.approx(1.2)
+    assert found["prefill.polynomial_gain"] == pytest.approx(1 / 1.2)
     assert found["prefill.error_vs_torch"] == pytest.approx(1e-3 / 1.1e-3)
     assert found["prefill.energy_vs_best"] < 1
     assert "prefill.d256_vs_best" not in found, "was not measured"
@@ -106,7 +105,7 @@ def test_under_load(record):
         (lambda r: study.plot_lengths(r, causal=True), 4 * (5 + 3)),
         (study.plot_ratios, 18),
         (study.plot_varlen, 1),
-        (study.plot_polynomials, 8),
+        (study.plot_variants, 16),
         (study.plot_energy, 2),
         (lambda r: study.plot_memory(r, {(1, 2048): (1.0, 1.0, 8.4), (4, 1024): (1.0, 1.0, 1.0)}), 4 * 5 + 1),
     ],
@@ -116,8 +115,14 @@ def test_figures_draw_what_they_return(draw, rows, record, shown):
     assert len(shown) == 1 and shown[0].stat().st_size < 150 * 1024
 
 
-def test_without_polynomials_nothing_is_drawn(card, shown):
-    assert study.plot_polynomials(card.record("prefill", some(card, ROW, {OURS: 1.0}))).empty and not shown
+def test_what_ships_may_have_polynomials(card):
+    record = card.record("prefill", some(card, ROW, {OURS: 1.2, PLAIN: 1.0}))
+    (found,) = [f for f in findings([record]) if f["key"] == "prefill.polynomial_gain"]
+    assert found["value"] == pytest.approx(1.2)
+
+
+def test_without_variants_nothing_is_drawn(card, shown):
+    assert study.plot_variants(card.record("prefill", some(card, ROW, {OURS: 1.0}))).empty and not shown
 
 
 def test_errors_are_the_largest_by_head_dim(record):

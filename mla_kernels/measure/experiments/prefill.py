@@ -8,6 +8,7 @@ Scope "whole" takes them all.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Iterator
@@ -57,7 +58,8 @@ SUSTAINED = (  # (b, s, h, dims, causal)
 MOST_COST = 1 << 41  # b · s² · h · d of a configuration of the covering set; any pair of values has one
 FA3, CUDNN, FA2, MATH = (PEER + f"prefill_{name}" for name in ("fa3", "cudnn", "fa2", "math"))
 FASTEST = (FA3, CUDNN)
-WITHOUT_POLYNOMIALS = f"{DECODE}[polynomials=0]"
+# Choices of the kernel of d 64, changed one at a time where what ships has another.
+CHANGES = ("polynomials=0", "polynomials=1", "polynomials=2", "polynomials=3", "compares=1", "turns=0")
 LIVE_LENGTHS = (1024, 4096, 16384)
 LIVE_RAGGED = ((4, 4096, 32, 64), (8, 2048, 32, 128))
 
@@ -136,16 +138,20 @@ def steps(scope: str) -> Iterator[Step]:
 def _sweeps() -> Iterator[Step]:
     for (b, s, h), d, causal in itertools.product(dict.fromkeys(SWEEPS), (64, 128), (True, False)):
         more = (FA2, MATH) if (b, h) == (1, 32) else ()
-        yield _step(prefill(b, s, h, (d, d), causal=causal), *more, memory=bool(more))
+        changed = variants() if more and d == 64 else ()
+        yield _step(prefill(b, s, h, (d, d), causal=causal), *more, *changed, memory=bool(more))
 
 
 def _step(workload: PrefillWorkload, *more: str, **fields) -> Step:
-    """Ours and the fastest peers; at d 64 also without polynomials, if what ships has some."""
-    ablated = ()
-    polynomials = getattr(VARIANTS[64, 64], "polynomials", 0)
-    if (workload.d_qk, workload.ragged) == (64, False) and polynomials:
-        ablated = (WITHOUT_POLYNOMIALS,)
-    return Step(workload, (DECODE, *ablated, *FASTEST, *more), **fields)
+    """Ours, the fastest peers, and ``more``."""
+    return Step(workload, (DECODE, *FASTEST, *more), **fields)
+
+
+def variants() -> tuple[str, ...]:
+    """Of ``CHANGES``, those that change something of the kernel of d 64, as implementations."""
+    choices = {name: int(value) for name, value in dataclasses.asdict(VARIANTS[64, 64]).items()}
+    changes = (change.split("=") for change in CHANGES)
+    return tuple(f"{DECODE}[{name}={v}]" for name, v in changes if choices.get(name, int(v)) != int(v))
 
 
 def _with_its_even(workload: PrefillWorkload) -> Iterator[Step]:
