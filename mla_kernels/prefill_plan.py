@@ -12,7 +12,7 @@ import threading
 import torch
 
 from . import launch
-from .prefill_tuning import VARIANTS, PrefillTuning
+from .prefill_tuning import VARIANTS, WARPGROUP_ROWS, PrefillTuning
 
 ELEMENT = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 _SECTION_BYTES = 24 << 20  # of keys and values that CTAs read at one time, about half of an H100's L2
@@ -106,7 +106,7 @@ class PrefillPlan:
                 if self._ragged
                 else (lambda t: head_tensor_map(t, keys))
             )
-            found = self._maps[addresses] = (head_tensor_map(q, self._tuning.rows), of_keys(k), of_keys(v))
+            found = self._maps[addresses] = (head_tensor_map(q, WARPGROUP_ROWS), of_keys(k), of_keys(v))
         return found
 
 

@@ -15,12 +15,12 @@ constexpr int kCount = kKeys / 2, kCountV = kHeadDimV / 2;  // accumulators of a
 constexpr int kSteps = kKeys / kStepK;                      // WGMMA of P V
 
 struct SharedMemory {  // at a multiple of 1,024 bytes, the swizzle's atom
-    u16 q[kBoxes][kRows * kBoxColumns];
+    u16 q[kConsumers][kBoxes][kWarpgroupRows * kBoxColumns];
     TileRing<kBoxes> k;
     TileRing<kBoxesV> v;
     TileRing<kBoxes>::Barriers k_barriers;
     TileRing<kBoxesV>::Barriers v_barriers;
-    u64 q_full, q_empty;
+    u64 q_full[kConsumers], q_empty[kConsumers];
     ItemQueue queue;
     u32 too_large[kConsumers][2];  // a probability of the tile at hand is, by the tile's parity: one warp may be a tile ahead
 };
@@ -35,6 +35,7 @@ struct Producer {
     const PrefillParams& p;
     SharedMemory& smem;
     Place<kStages> k, v;
+    u32 q_phases = 0;  // a bit a consumer
 
     // Tile `tile` of the item's keys -> next slot. Rows past the sequence's end must be zero: 0 * NaN is NaN in P V. Of ragged
     // sequences the tensor map has the key twice, in a dimension of kKeys rows that ends where the other dimension points to.
@@ -51,13 +52,22 @@ struct Producer {
         for (int c = 0; c < kTileBoxes; ++c) tma_load_4d(ring.box[place.slot][c], map, full, c * kBoxColumns, y, z, w);
         place.next();
     }
-    __device__ void load_item(const Item& item, u32 item_phase) {
+    // The rows of each consumer by themselves, so that one need not wait for another to begin the next item.
+    __device__ void load_queries(const Item& item) {
         const int batch = p.cu_seqlens_q != nullptr ? 0 : item.batch;
-        load(smem.k, smem.k_barriers, k, &p.k_map, item, item.tiles - 1);
-        mbarrier_wait(&smem.q_empty, item_phase ^ 1);
-        mbarrier_arrive_expect_tx(&smem.q_full, kBoxes * kQueryBoxBytes);
+#pragma unroll 1
+        for (int i = 0; i < kConsumers && i * kWarpgroupRows < item.rows; ++i) {
+            mbarrier_wait(&smem.q_empty[i], (q_phases >> i & 1) ^ 1);
+            q_phases ^= 1u << i;
+            mbarrier_arrive_expect_tx(&smem.q_full[i], kBoxes * kQueryBoxBytes);
 #pragma unroll
-        for (int c = 0; c < kBoxes; ++c) tma_load_4d(smem.q[c], &p.q_map, &smem.q_full, c * kBoxColumns, item.token, item.head, batch);
+            for (int c = 0; c < kBoxes; ++c)
+                tma_load_4d(smem.q[i][c], &p.q_map, &smem.q_full[i], c * kBoxColumns, item.token + i * kWarpgroupRows, item.head, batch);
+        }
+    }
+    __device__ void load_item(const Item& item) {
+        load(smem.k, smem.k_barriers, k, &p.k_map, item, item.tiles - 1);
+        load_queries(item);
 #pragma unroll 1
         for (int tile = item.tiles - 1; tile >= 0; --tile) {  // in the order of use
             if (tile > 0) load(smem.k, smem.k_barriers, k, &p.k_map, item, tile - 1);
@@ -68,7 +78,6 @@ struct Producer {
         const int lane = threadIdx.x & 31;
         Schedule schedule(p);
         Place<ItemQueue::kSlots> slot;
-        u32 item_phase = 0;
         u32 ticket = blockIdx.x;
         while (true) {
             const Item item = schedule.find(ticket);
@@ -79,10 +88,7 @@ struct Producer {
             }
             slot.next();
             if (item.head < 0) break;
-            if (item.tiles > 0) {
-                if (lane == 0) load_item(item, item_phase);
-                item_phase ^= 1;
-            }
+            if (item.tiles > 0 && lane == 0) load_item(item);
             __syncwarp();
             if (lane == 0) ticket = gridDim.x + atomic_add_relaxed(&p.tickets[0], 1);
             ticket = __shfl_sync(0xffffffffu, ticket, 0);
@@ -97,6 +103,7 @@ struct Consumer {
     SharedMemory& smem;
     const u32 self;  // 0 .. kConsumers - 1
     Place<kStages> k, v;
+    u32 q_phase = 0;
 
     __device__ u32 row() const { return self * kWarpgroupRows + launder(threadIdx.x) % kWarpgroup / 32 * 16 + launder(threadIdx.x) % 32 / 4; }
 
@@ -116,7 +123,7 @@ struct Consumer {
 
     __device__ void issue_scores(float (&s)[kCount]) {
         mbarrier_wait(&smem.k_barriers.full[k.slot], k.phase);
-        const u32 query = descriptor_along_row(smem.q) + self * (kWarpgroupRows * kBoxRowBytes >> 4);
+        const u32 query = descriptor_along_row(smem.q) + self * (kBoxes * kQueryBoxBytes >> 4);
         const u32 key = descriptor_along_row(smem.k.box) + k.slot * (TileRing<kBoxes>::kBytes >> 4);
         wgmma_fence();
 #pragma unroll
@@ -215,7 +222,26 @@ struct Consumer {
         return true;
     }
 
-    __device__ void attend(const Item& item, u32 item_phase) {
+    // Of an item that ends before the consumer's rows: tiles and turns go by.
+    __device__ void idle(const Item& item) {
+        for (int tile = item.tiles; tile >= 0; --tile) {
+            if (kTurns && tile > 0 && tile < item.tiles) wait_turn(), pass_turn();
+            if (tile > 0) {
+                mbarrier_wait(&smem.k_barriers.full[k.slot], k.phase);
+                release_keys();
+            }
+            if (tile < item.tiles) {
+                mbarrier_wait(&smem.v_barriers.full[v.slot], v.phase);
+                release_values();
+            }
+        }
+    }
+
+    __device__ void attend(const Item& item) {
+        if (static_cast<int>(self) * kWarpgroupRows >= item.rows) {
+            idle(item);
+            return;
+        }
         float o[kCountV];
         RowStats stats;
 #pragma unroll
@@ -227,7 +253,8 @@ struct Consumer {
         u32 packed[kSteps][4];
         int tile = item.tiles - 1;
         bool again = false;
-        mbarrier_wait(&smem.q_full, item_phase);
+        mbarrier_wait(&smem.q_full[self], q_phase);
+        q_phase ^= 1;
 #pragma unroll 1
         do {
             tile_alone(item, tile, stats, o, packed);
@@ -251,7 +278,7 @@ struct Consumer {
                 }
             }
         } while (again);
-        release(&smem.q_empty);
+        release(&smem.q_empty[self]);
         issue_values(o, packed);
         wgmma_wait<0>();
         wgmma_fence_operands(o);
@@ -296,7 +323,6 @@ struct Consumer {
 
     __device__ void run() {
         Place<ItemQueue::kSlots> slot;
-        u32 item_phase = 0;
         if (kTurns && self == 0) named_barrier_arrive(kBarrierTurn, 2 * kWarpgroup);  // the first turn is its own
         while (true) {
             mbarrier_wait(&smem.queue.full[slot.slot], slot.phase);
@@ -309,8 +335,7 @@ struct Consumer {
             release(&smem.queue.empty[slot.slot]);
             slot.next();
             if (item.head < 0) break;
-            attend(item, item_phase);
-            if (item.tiles > 0) item_phase ^= 1;
+            attend(item);
         }
     }
 };
@@ -320,7 +345,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) mla_prefill(const __gr
     SharedMemory& smem = *reinterpret_cast<SharedMemory*>(shared);
     if (threadIdx.x == 0) {
         smem.k_barriers.init(), smem.v_barriers.init(), smem.queue.init_barriers();
-        mbarrier_init(&smem.q_full, 1), mbarrier_init(&smem.q_empty, kConsumers * kWarpgroup / 32);
+        for (int i = 0; i < kConsumers; ++i) mbarrier_init(&smem.q_full[i], 1), mbarrier_init(&smem.q_empty[i], kWarpgroup / 32);
         for (auto& flags : smem.too_large) flags[0] = flags[1] = 0;
         fence_barrier_init();
     }

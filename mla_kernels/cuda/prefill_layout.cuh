@@ -12,12 +12,12 @@ constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
 constexpr bool kTurns = MLA_TURNS;                  // consumers take turns in issuing WGMMA
 constexpr bool kCompares = MLA_COMPARES;            // every score with its row's reference (prefill_softmax.cuh)
 static_assert(kConsumers == 2 || kConsumers == 3, "turns are taken by two or three");
-static_assert(kKeys % 16 == 0 && kKeys <= 256 && kRows <= 256, "TMA boxes have up to 256 rows, PV takes 16 keys a step");
+static_assert(kKeys % 16 == 0 && kKeys <= 256, "TMA boxes have up to 256 rows, PV takes 16 keys a step");
 
 // A box is 64 columns of a tile: rows of 128 bytes, 128-byte swizzle, eight rows an atom; one TMA instruction.
 constexpr int kBoxColumns = 64, kBoxRowBytes = 128;
 constexpr int kBoxes = kHeadDim / kBoxColumns, kBoxesV = kHeadDimV / kBoxColumns;
-constexpr u32 kQueryBoxBytes = kRows * kBoxRowBytes, kKeyBoxBytes = kKeys * kBoxRowBytes;
+constexpr u32 kQueryBoxBytes = kWarpgroupRows * kBoxRowBytes, kKeyBoxBytes = kKeys * kBoxRowBytes;
 constexpr int kStepK = 16, kStepsPerBox = kBoxColumns / kStepK;
 
 // Lower words of matrix descriptors (upper: ptx.cuh). Rows x 64 columns, the contraction runs along the row: Q, K.

@@ -2,7 +2,8 @@
 //
 // An item is kRows query rows of one head of one sequence. CTAs draw tickets; ticket -> item goes sequence by sequence, within
 // one by sections of heads whose keys and values fit into L2 together, within a section by blocks of rows from the last, which
-// sees most keys, to the first, and there by head.
+// sees most keys, to the first, and there by head. Under a causal mask the first third of all blocks comes after everything else:
+// they are short, so CTAs end together, and what of their keys is read again is short, too.
 #pragma once
 #include "prefill_layout.cuh"
 
@@ -43,6 +44,7 @@ struct Schedule {
     const PrefillParams& p;
     const int lane = threadIdx.x & 31;
     int first = -32;          // sequence of lane 0
+    bool short_ones = false;  // these come now
     int before = 0, end = 0;  // items of sequences before `first`, and with those of the 32 lanes
     int q_begin = 0, q_len = 0, k_begin = 0, k_len = 0;  // of this lane's sequence
     int last = 0;                                        // `before` and items up to and with it
@@ -54,8 +56,19 @@ struct Schedule {
         begin = min(max(starts[sequence], 0), total);
         length = min(max(starts[sequence + 1], begin), total) - begin;
     }
-    __device__ void next_sequences() {
+    // How many blocks of a sequence come now, and which is the last of them.
+    __device__ int blocks_now(int rows, int& top) const {
+        const int blocks = (rows + kRows - 1) / kRows, few = p.causal ? blocks / 3 : 0;
+        top = (short_ones ? few : blocks) - 1;
+        return short_ones ? few : blocks - few;
+    }
+    __device__ bool next_sequences() {
         first += 32;
+        if (first >= p.b) {
+            if (short_ones || !p.causal) return false;
+            short_ones = true;
+            first = 0;
+        }
         before = end;
         const int sequence = first + lane;
         q_begin = k_begin = q_len = k_len = 0;
@@ -64,7 +77,8 @@ struct Schedule {
             if (p.cu_seqlens_q != nullptr) span(p.cu_seqlens_q, sequence, p.s_q, q_begin, q_len);
             if (p.cu_seqlens_k != nullptr) span(p.cu_seqlens_k, sequence, p.s_k, k_begin, k_len);
         }
-        last = (q_len + kRows - 1) / kRows * p.h_q;
+        int top;
+        last = blocks_now(q_len, top) * p.h_q;
 #pragma unroll
         for (int step = 1; step < 32; step *= 2) {
             const int other = __shfl_up_sync(0xffffffffu, last, step);
@@ -72,29 +86,31 @@ struct Schedule {
         }
         last += before;
         end = __shfl_sync(0xffffffffu, last, 31);
+        return true;
     }
     // The item of a ticket; every lane gets it.
     __device__ Item find(int ticket) {
         Item item{};
         item.head = -1;
         while (ticket >= end) {
-            if (first + 32 >= p.b) return item;
-            next_sequences();
+            if (!next_sequences()) return item;
         }
         const int owner = __ffs(__ballot_sync(0xffffffffu, ticket < last)) - 1;
         const auto of_owner = [owner](int value) { return __shfl_sync(0xffffffffu, value, owner); };
         const int rows = of_owner(q_len), keys = of_owner(k_len), q_first = of_owner(q_begin);
-        const int blocks = (rows + kRows - 1) / kRows;
+        int top;
+        const int blocks = blocks_now(rows, top);
         const int place = ticket - (of_owner(last) - blocks * p.h_q);
         const int group = p.h_q / p.h_kv;
-        const int section_heads = max(p.section_keys / max(keys, 1), 1) * group;
+        const int most = max(p.section_keys / max(keys, 1), 1), sections = (p.h_kv + most - 1) / most;
+        const int section_heads = (p.h_kv + sections - 1) / sections * group;
         const int section = place / (section_heads * blocks), in_section = place - section * section_heads * blocks;
         const int heads = min(section_heads, p.h_q - section * section_heads);
         const int block = in_section / heads;
         item.batch = first + owner;
         item.head = section * section_heads + in_section - block * heads;
         item.kv_head = item.head / group;
-        item.row = (blocks - 1 - block) * kRows;
+        item.row = (top - block) * kRows;
         item.rows = rows - item.row;
         item.token = q_first + item.row;
         item.key_begin = of_owner(k_begin);
