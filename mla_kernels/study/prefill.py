@@ -195,7 +195,8 @@ def plot_varlen(record: Record) -> pd.DataFrame:
     axes.axvline(0.95, color=style.ALARM, linewidth=1.1, linestyle="-.")
     axes.set_yticks(data.index, data.call, fontsize=7.5)
     axes.set(
-        xlabel="of the TFLOP/s of even sequences (line: 0.95)", title="Ragged batches (blue: lengths differ)"
+        xlabel="of the TFLOP/s of even sequences (line: 0.95)",
+        title="Ragged batches (blue: lengths differ, orange: one sequence)",
     )
     style.show(figure, caption(record))
     return data.assign(lengths_differ=drawn)
@@ -262,7 +263,7 @@ def plot_energy(record: Record) -> pd.DataFrame:
         panel.grid(visible=False, axis="x")
         panel.margins(y=0.12)
         panel.set_title(call, fontsize=9)
-    np.atleast_1d(axes)[0].set(ylabel="mJ per token and layer")
+    np.atleast_1d(axes)[0].set(ylabel="mJ per token and layer (above: TFLOP/s)")
     style.show(figure, caption(record))
     return data
 
@@ -277,7 +278,7 @@ def plot_memory(record: Record, said: Mapping[tuple[int, int], tuple[float, floa
     rows += [{"s": s, "name": "the chapter's", "gb": gb} for (b, s), (_, _, gb) in said.items() if b == 1]
     data = pd.DataFrame(rows).sort_values("s").reset_index(drop=True)
     figure, axes = style.new_figure(width=8)
-    colours = {name: style.COLOURS[key] for key, name in NAMES.items()} | {"the chapter's": "#888888"}
+    colours = {name: style.COLOURS[key] for key, name in NAMES.items()} | {"the chapter's": "#222222"}
     lines = {name: LINES[key] for key, name in NAMES.items()} | {"the chapter's": "-."}
     for name, part in data.groupby("name", sort=False):
         axes.plot(part.s, part.gb, marker="o", color=colours[name], linestyle=lines[name], label=name)
@@ -310,7 +311,7 @@ def host_us(record: Record) -> dict[str, float]:
     times: dict[str, list[float]] = {}
     for point in record.points:
         us = figures.host_us(point)
-        if point.status == "ok" and point.mode == "burst" and us is not None:
+        if point.mode == "burst" and us is not None and point.implementation in NAMES:
             times.setdefault(NAMES[point.implementation], []).append(us)
     return {name: statistics.median(found) for name, found in times.items()}
 
