@@ -14,7 +14,7 @@ from . import candidates
 from .calls import PrefillWorkload
 from .figures import DECODE, query_rows
 from .hardware import load_hardware
-from .prefill_candidates import prefill_configs, serving_config
+from .prefill_candidates import prefill_configs, serving_names
 from .provenance import DATA
 from .records import Kernel, Point, Record, RecordError, load_record
 from .workloads import table_width
@@ -83,9 +83,8 @@ def check_options(record: Record, path: str | os.PathLike) -> None:
     built += prefill_configs((p.implementation, p.workload) for p in prefill)
     for config in built:  # there where they could be built
         now[config.name] = list(compile_options(config))
-    serving = {
-        _serving(point, record.device.sms) for point in record.points if point.implementation == DECODE
-    }
+    serving = {_serving(point, record.device.sms) for point in decode if point.implementation == DECODE}
+    serving |= {name for point in prefill for name in serving_names(point.workload)}
     for name in sorted(measured.keys() | serving):
         if now.get(name) != measured.get(name):
             changed = (
@@ -97,8 +96,6 @@ def check_options(record: Record, path: str | os.PathLike) -> None:
 def _serving(point: Point, sms: int) -> str:
     """Name of the kernel that serves a point's workload."""
     workload = point.workload
-    if isinstance(workload, PrefillWorkload):
-        return serving_config(workload).name
     pages = -(-table_width(workload) * workload.page_size // TILE_TOKENS)
     tuning = SHIPPED.serving(query_rows(workload), workload.b, pages, sms)
     return tuning.kernel_config(workload.dtype, pages=pages_of(workload.page_size, ragged=False)).name

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 
 from mla_kernels.compiler import CompileError, KernelConfig, compile_kernel
-from mla_kernels.prefill_tuning import VARIANTS, PrefillTuning, PrefillTuningError
+from mla_kernels.prefill_tuning import VARIANTS, PrefillTuning, PrefillTuningError, shipped_prefill_configs
 
 from .calls import PrefillWorkload
 from .candidates import changes_of, is_candidate
@@ -28,9 +28,16 @@ def prefill_tuning_of(implementation: str, workload: PrefillWorkload) -> Prefill
     return dataclasses.replace(shipped, **changes)
 
 
-def serving_config(workload: PrefillWorkload) -> KernelConfig:
-    """The kernel that serves a workload."""
-    return VARIANTS[workload.d_qk, workload.d_v].kernel_config(workload.dtype)
+def serving_names(workload: PrefillWorkload) -> set[str]:
+    """Names of the kernels that ship for its head dims and type: any of them may serve it."""
+    wanted = {
+        "MLA_BF16": workload.dtype == "bf16",
+        "MLA_HEAD_DIM": workload.d_qk,
+        "MLA_HEAD_DIM_V": workload.d_v,
+    }
+    return {
+        config.name for config in shipped_prefill_configs() if wanted.items() <= dict(config.defines).items()
+    }
 
 
 def prefill_configs(named: Iterable[Named]) -> list[KernelConfig]:

@@ -105,6 +105,50 @@ def test_other_options_are_another_kernel(data, make_fresh, fields):
 
 
 @pytest.fixture
+def of_prefill(make_point, make_record):
+    """A record of prefill at d 64, of every kernel for it but those whose name ``without`` says."""
+    from mla_kernels.compiler import compile_options, source_digest
+    from mla_kernels.measure.prefill_inputs import prefill
+    from mla_kernels.prefill_tuning import shipped_prefill_configs
+
+    def make(without=()):
+        base = make_record().source.kernels[0]
+        kernels = [
+            base.model_copy(
+                update={
+                    "name": config.name,
+                    "source": config.source,
+                    "digest": source_digest(config.source),
+                    "options": list(compile_options(config)),
+                }
+            )
+            for config in shipped_prefill_configs()
+            if config.name not in without
+        ]
+        point = make_point().model_copy(update={"workload": prefill(1, 64, 4, (64, 64))})
+        return make_record(experiment="prefill", points=[point], source=Source(kernels=kernels))
+
+    return make
+
+
+def test_kernels_of_prefill_are_those_of_its_head_dims(data, of_prefill):
+    from mla_kernels.measure.prefill_candidates import serving_names
+    from mla_kernels.measure.prefill_inputs import prefill
+    from mla_kernels.prefill_tuning import shipped_prefill_configs
+
+    save_record(of_prefill(), data / "h200" / "prefill.json")
+    assert problems(data) == []
+    mine = serving_names(prefill(1, 64, 4, (64, 64)))
+    assert mine and all("prefill-bf16-64x64-" in name for name in mine)
+    others = {config.name for config in shipped_prefill_configs()} - mine
+    save_record(of_prefill(without=others), data / "h200" / "prefill.json")
+    assert problems(data) == []
+    save_record(of_prefill(without=mine), data / "h200" / "prefill.json")
+    (problem,) = problems(data)
+    assert "was compiled with None when measured" in str(problem)
+
+
+@pytest.fixture
 def with_candidate(make_fresh, make_point):
     """A fresh record that also timed a variant, or has its kernel alone; ``options`` replace the kernel's."""
     from mla_kernels.compiler import compile_options

@@ -59,6 +59,7 @@ MOST_COST = 1 << 41  # b · s² · h · d of a configuration of the covering set
 FA3, CUDNN, FA2, MATH = (PEER + f"prefill_{name}" for name in ("fa3", "cudnn", "fa2", "math"))
 FASTEST = (FA3, CUDNN)
 # Choices of the kernel of d 64, changed one at a time where what ships has another.
+CHANGED_FROM = 4096  # tokens: in shorter calls what ships may have fewer rows an item
 CHANGES = ("polynomials=0", "polynomials=1", "polynomials=2", "polynomials=3", "compares=1", "turns=0")
 LIVE_LENGTHS = (1024, 4096, 16384)
 LIVE_RAGGED = ((4, 4096, 32, 64), (8, 2048, 32, 128))
@@ -138,7 +139,7 @@ def steps(scope: str) -> Iterator[Step]:
 def _sweeps() -> Iterator[Step]:
     for (b, s, h), d, causal in itertools.product(dict.fromkeys(SWEEPS), (64, 128), (True, False)):
         more = (FA2, MATH) if (b, h) == (1, 32) else ()
-        changed = variants() if more and d == 64 else ()
+        changed = variants() if more and d == 64 and s >= CHANGED_FROM else ()
         yield _step(prefill(b, s, h, (d, d), causal=causal), *more, *changed, memory=bool(more))
 
 
