@@ -164,4 +164,4 @@ def _with_its_even(workload: PrefillWorkload) -> Iterator[Step]:
 
 def run(scope: str = "full", progress: Progress = print, **options) -> Record:
     """Measure. ``options`` are those of run_steps, which says what it raises."""
-    return run_steps("prefill", scope, list(steps(scope)), progress, **options)
+    return run_steps("prefill", scope, list(steps(scope)), progress, loaded_ceilings=False, **options)
