@@ -12,7 +12,7 @@ import threading
 import torch
 
 from . import launch
-from .prefill_tuning import VARIANTS, WARPGROUP_ROWS, PrefillTuning
+from .prefill_tuning import WARPGROUP_ROWS, PrefillTuning, serving
 
 ELEMENT = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 _SECTION_BYTES = 24 << 20  # of keys and values that CTAs read at one time, about half of an H100's L2
@@ -53,15 +53,18 @@ class PrefillPlan:
         self.device = q.device.index
         self._ragged = sequences is not None
         head_dim, head_dim_v = q.shape[-1], v.shape[-1]
-        self._tuning = tuning = tuning or VARIANTS[head_dim, head_dim_v]
-        config = tuning.kernel_config(ELEMENT[q.dtype])
-        self._kernel = launch.load(config, "mla_prefill", self.device, persistent=False)
         b = sequences if self._ragged else len(q)
         s_q, h_q = q.shape[-3:-1]
         s_k, h_kv = k.shape[-3:-1]
+        ctas, parts = launch.sm_count(self.device), b if self._ragged else 1
+        mean = (-(-s_q // parts), -(-s_k // parts))
+        tuning = tuning or serving((head_dim, head_dim_v), b, *mean, h_q, causal, ctas)
+        self._tuning = tuning
+        config = tuning.kernel_config(ELEMENT[q.dtype])
+        self._kernel = launch.load(config, "mla_prefill", self.device, persistent=True)
         blocks = -(-s_q // tuning.rows) + (b - 1 if self._ragged else 0)  # of ragged ones at most
         most_items = blocks * h_q * (1 if self._ragged else b)
-        self._grid = (max(1, min(launch.sm_count(self.device), most_items)), 1)
+        self._grid = (max(1, min(ctas, most_items)), 1)
         self._maps: dict[tuple[int, int, int], tuple] = {}
         self._mapped = None
         self._lock = threading.Lock()  # the packed arguments are shared

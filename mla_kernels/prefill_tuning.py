@@ -8,7 +8,7 @@ from .compiler import KernelConfig
 
 WARPGROUP, WARPGROUP_ROWS = 128, 64
 SHARED_LIMIT = 227 * 1024  # bytes that a block may have
-REGISTER_FILE = 65536 // WARPGROUP  # registers for a thread of each warpgroup, added up
+REGISTER_FILE = 65536
 LEAST_REGISTERS, MOST_REGISTERS = 24, 240
 KEYS = (64, 80, 96, 112, 128, 160, 176, 192)  # that QK has a WGMMA for (cuda/ptx.cuh)
 _BARRIERS_AND_ITEMS = 512  # bytes of shared memory besides tiles, at most
@@ -31,6 +31,7 @@ class PrefillTuning:
         polynomials: of every eight exponentials, those that the FMA pipe evaluates.
         turns: the consumers issue WGMMA one after the other, not as it comes.
         compares: every score with the reference of its row, not only the sums of probabilities with a limit.
+        queries: items whose queries shared memory holds, 1 or 2.
     """
 
     head_dim: int
@@ -38,18 +39,22 @@ class PrefillTuning:
     consumers: int
     keys: int
     stages: int
-    consumer_registers: int = 240
-    producer_registers: int = 24
+    consumer_registers: int = 232
+    producer_registers: int = 40
     polynomials: int = 0
     turns: bool = True
     compares: bool = True
+    queries: int = 1
 
     def __post_init__(self) -> None:
         _require(self.consumers in (2, 3), "consumers", self.consumers, "2 or 3", "take one of them")
         _require(self.keys in KEYS, "keys", self.keys, f"one of {KEYS}", "take one of them")
+        _require(self.queries in (1, 2), "queries", self.queries, "1 or 2", "take one of them")
         _require(self.stages >= 2, "stages", self.stages, "at least 2", "take fewer keys a tile")
         registers = self.consumers * self.consumer_registers + self.producer_registers
-        limit = REGISTER_FILE
+        # what the kernel has at launch: setmaxnreg would wait for more for ever
+        warpgroups = 1 + self.consumers
+        limit = warpgroups * (REGISTER_FILE // (warpgroups * WARPGROUP) // 8 * 8)
         _require(registers <= limit, "registers of all", registers, f"at most {limit}", "take fewer")
         for name in ("consumer_registers", "producer_registers"):
             value = getattr(self, name)
@@ -66,7 +71,7 @@ class PrefillTuning:
 
     @property
     def shared_bytes(self) -> int:
-        queries = self.rows * self.head_dim
+        queries = self.queries * self.rows * self.head_dim
         tiles = self.stages * self.keys * (self.head_dim + self.head_dim_v)
         return 2 * (queries + tiles) + _BARRIERS_AND_ITEMS
 
@@ -79,6 +84,7 @@ class PrefillTuning:
             ("MLA_CONSUMERS", self.consumers),
             ("MLA_KEYS", self.keys),
             ("MLA_STAGES", self.stages),
+            ("MLA_QUERIES", self.queries),
             ("MLA_POLYNOMIALS", self.polynomials),
             ("MLA_TURNS", int(self.turns)),
             ("MLA_COMPARES", int(self.compares)),
@@ -86,10 +92,10 @@ class PrefillTuning:
             ("MLA_PRODUCER_REGISTERS", self.producer_registers),
         )
         name = f"prefill-{element}-{self.head_dim}x{self.head_dim_v}-{self.rows}x{self.keys}x{self.stages}"
-        name += f"-{self.polynomials}of8" * (self.polynomials > 0)
+        name += f"-{self.queries}q" * (self.queries > 1) + f"-{self.polynomials}of8" * (self.polynomials > 0)
         name += "-sums" * (not self.compares) + "-free" * (not self.turns)
         threads = (1 + self.consumers) * WARPGROUP
-        return KernelConfig("prefill.cu", defines, name, self.shared_bytes, threads, programmatic=False)
+        return KernelConfig("prefill.cu", defines, name, self.shared_bytes, threads)
 
 
 def _require(condition: bool, name: str, value: object, limit: str, remedy: str) -> None:
@@ -101,15 +107,46 @@ def _require(condition: bool, name: str, value: object, limit: str, remedy: str)
 VARIANTS = {
     (tuning.head_dim, tuning.head_dim_v): tuning
     for tuning in (
-        PrefillTuning(64, 64, 3, 128, 4, consumer_registers=160, producer_registers=32, compares=False),
-        PrefillTuning(128, 128, 3, 80, 4, consumer_registers=160, producer_registers=32, compares=False),
-        PrefillTuning(192, 128, consumers=2, keys=128, stages=2, turns=False),
-        PrefillTuning(256, 256, consumers=2, keys=80, stages=2, compares=False),
+        PrefillTuning(64, 64, 3, 128, 4, 160, 32, compares=False),
+        PrefillTuning(128, 128, 3, 80, 4, 160, 32, compares=False),
+        PrefillTuning(192, 128, 2, 128, 2, turns=False),
+        PrefillTuning(256, 256, 2, 80, 2, turns=False),
     )
 }
 HEAD_DIMS = tuple(VARIANTS)
 
+# With 128 rows an item, where items of 192 leave too many CTAs idle; and how much faster an SM is with 192.
+FEWER_ROWS = {
+    (64, 64): (PrefillTuning(64, 64, 2, 128, 4, compares=False), 1.27),
+    (128, 128): (PrefillTuning(128, 128, 2, 128, 3, compares=False), 1.11),
+}
+
+
+def serving(
+    head_dims: tuple[int, int], b: int, s_q: int, s_k: int, h_q: int, causal: bool, ctas: int
+) -> PrefillTuning:
+    """The variant that serves ``b`` sequences of these lengths (of ragged ones their mean): that with which
+    the last CTA ends first, by a count of rows x keys (the faster one at 31 of 32 shapes on an H100)."""
+    most = VARIANTS[head_dims]
+    if head_dims not in FEWER_ROWS:
+        return most
+    fewer, speed = FEWER_ROWS[head_dims]
+    times = (_time(tuning.rows, b, s_q, s_k, h_q, causal, ctas) for tuning in (most, fewer))
+    return most if next(times) <= next(times) * speed else fewer
+
+
+def _time(rows: int, b: int, s_q: int, s_k: int, h_q: int, causal: bool, ctas: int) -> float:
+    """Of the last CTA to end, in rows x keys."""
+    blocks = -(-s_q // rows)
+    longest = rows * s_k
+    if not causal:
+        return -(-b * h_q * blocks // ctas) * longest
+    keys = (max(0, min(s_k, s_k - s_q + (i + 1) * rows)) for i in range(blocks))
+    # items of any length: half of the longest is not filled up at the end
+    return max(longest, b * h_q * rows * sum(keys) / ctas + longest / 2)
+
 
 def shipped_prefill_configs() -> list[KernelConfig]:
     """Every instance that ``mla_prefill`` can launch."""
-    return [tuning.kernel_config(element) for element in ("bf16", "fp16") for tuning in VARIANTS.values()]
+    tunings = [*VARIANTS.values(), *(tuning for tuning, _ in FEWER_ROWS.values())]
+    return [tuning.kernel_config(element) for element in ("bf16", "fp16") for tuning in tunings]

@@ -15,7 +15,7 @@ from mla_kernels.device import DeviceUnavailable
 from mla_kernels.prefill_arguments import check_prefill_starts
 from mla_kernels.prefill_plan import PrefillParams
 from mla_kernels.prefill_reference import mla_prefill_reference
-from mla_kernels.prefill_tuning import HEAD_DIMS, PrefillTuning, PrefillTuningError
+from mla_kernels.prefill_tuning import HEAD_DIMS, PrefillTuning, PrefillTuningError, serving
 from mla_kernels.reference import merge_partials_reference
 
 
@@ -165,6 +165,7 @@ def test_starts_out_of_order(values):
         {"stages": 1},
         {"stages": 9},
         {"consumer_registers": 248},
+        {"producer_registers": 48},  # 512 of the 504 that 384 threads have
         {"consumers": 3},
     ],
 )
@@ -172,6 +173,21 @@ def test_tunings_that_cannot_run(change):
     options = {"head_dim": 128, "head_dim_v": 128, "consumers": 2, "keys": 128, "stages": 2} | change
     with pytest.raises(PrefillTuningError):
         PrefillTuning(**options)
+
+
+@pytest.mark.parametrize(
+    "b, s, h_q, causal, rows",
+    [
+        (1, 512, 8, False, 128),  # 24 items of 192 rows leave most CTAs without one
+        (1, 2048, 8, False, 128),
+        (1, 16384, 32, False, 192),
+        (4, 1024, 16, True, 128),  # many short items
+        (1, 16384, 32, True, 192),
+    ],
+)
+def test_rows_of_an_item_follow_the_shape(b, s, h_q, causal, rows):
+    """As measured on an H100, which has 132 multiprocessors."""
+    assert serving((64, 64), b, s, s, h_q, causal, ctas=132).rows == rows
 
 
 def test_head_dims_and_parameters():

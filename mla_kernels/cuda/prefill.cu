@@ -15,12 +15,12 @@ constexpr int kCount = kKeys / 2, kCountV = kHeadDimV / 2;  // accumulators of a
 constexpr int kSteps = kKeys / kStepK;                      // WGMMA of P V
 
 struct SharedMemory {  // at a multiple of 1,024 bytes, the swizzle's atom
-    u16 q[kConsumers][kBoxes][kWarpgroupRows * kBoxColumns];
+    u16 q[kQueries][kConsumers][kBoxes][kWarpgroupRows * kBoxColumns];
     TileRing<kBoxes> k;
     TileRing<kBoxesV> v;
     TileRing<kBoxes>::Barriers k_barriers;
     TileRing<kBoxesV>::Barriers v_barriers;
-    u64 q_full[kConsumers], q_empty[kConsumers];
+    u64 q_full[kQueries][kConsumers], q_empty[kQueries][kConsumers];
     ItemQueue queue;
     u32 too_large[kConsumers][2];  // a probability of the tile at hand is, by the tile's parity: one warp may be a tile ahead
 };
@@ -35,7 +35,7 @@ struct Producer {
     const PrefillParams& p;
     SharedMemory& smem;
     Place<kStages> k, v;
-    u32 q_phases = 0;  // a bit a consumer
+    u32 q_uses = 0;  // two bits a consumer
 
     // Tile `tile` of the item's keys -> next slot. Rows past the sequence's end must be zero: 0 * NaN is NaN in P V. Of ragged
     // sequences the tensor map has the key twice, in a dimension of kKeys rows that ends where the other dimension points to.
@@ -57,25 +57,28 @@ struct Producer {
         const int batch = p.cu_seqlens_q != nullptr ? 0 : item.batch;
 #pragma unroll 1
         for (int i = 0; i < kConsumers && i * kWarpgroupRows < item.rows; ++i) {
-            mbarrier_wait(&smem.q_empty[i], (q_phases >> i & 1) ^ 1);
-            q_phases ^= 1u << i;
-            mbarrier_arrive_expect_tx(&smem.q_full[i], kBoxes * kQueryBoxBytes);
+            const u32 use = q_uses >> 2 * i & 3, slot = use % kQueries;
+            q_uses = (q_uses & ~(3u << 2 * i)) | (use + 1 & 3) << 2 * i;
+            mbarrier_wait(&smem.q_empty[slot][i], (use / kQueries & 1) ^ 1);
+            mbarrier_arrive_expect_tx(&smem.q_full[slot][i], kBoxes * kQueryBoxBytes);
 #pragma unroll
             for (int c = 0; c < kBoxes; ++c)
-                tma_load_4d(smem.q[i][c], &p.q_map, &smem.q_full[i], c * kBoxColumns, item.token + i * kWarpgroupRows, item.head, batch);
+                tma_load_4d(smem.q[slot][i][c], &p.q_map, &smem.q_full[slot][i], c * kBoxColumns, item.token + i * kWarpgroupRows, item.head, batch);
         }
     }
     __device__ void load_item(const Item& item) {
         load(smem.k, smem.k_barriers, k, &p.k_map, item, item.tiles - 1);
+        load(smem.v, smem.v_barriers, v, &p.v_map, item, item.tiles - 1);  // needs no slot that waits for these queries
         load_queries(item);
 #pragma unroll 1
-        for (int tile = item.tiles - 1; tile >= 0; --tile) {  // in the order of use
-            if (tile > 0) load(smem.k, smem.k_barriers, k, &p.k_map, item, tile - 1);
+        for (int tile = item.tiles - 2; tile >= 0; --tile) {
+            load(smem.k, smem.k_barriers, k, &p.k_map, item, tile);
             load(smem.v, smem.v_barriers, v, &p.v_map, item, tile);
         }
     }
     __device__ void run() {
         const int lane = threadIdx.x & 31;
+        griddepcontrol_wait();  // whoever comes before may write the tensors or count tickets; consumers wait for items
         Schedule schedule(p);
         Place<ItemQueue::kSlots> slot;
         u32 ticket = blockIdx.x;
@@ -103,7 +106,7 @@ struct Consumer {
     SharedMemory& smem;
     const u32 self;  // 0 .. kConsumers - 1
     Place<kStages> k, v;
-    u32 q_phase = 0;
+    Place<kQueries> q;
 
     __device__ u32 row() const { return self * kWarpgroupRows + launder(threadIdx.x) % kWarpgroup / 32 * 16 + launder(threadIdx.x) % 32 / 4; }
 
@@ -123,7 +126,7 @@ struct Consumer {
 
     __device__ void issue_scores(float (&s)[kCount]) {
         mbarrier_wait(&smem.k_barriers.full[k.slot], k.phase);
-        const u32 query = descriptor_along_row(smem.q) + self * (kBoxes * kQueryBoxBytes >> 4);
+        const u32 query = descriptor_along_row(smem.q) + (q.slot * kConsumers + self) * (kBoxes * kQueryBoxBytes >> 4);
         const u32 key = descriptor_along_row(smem.k.box) + k.slot * (TileRing<kBoxes>::kBytes >> 4);
         wgmma_fence();
 #pragma unroll
@@ -253,8 +256,7 @@ struct Consumer {
         u32 packed[kSteps][4];
         int tile = item.tiles - 1;
         bool again = false;
-        mbarrier_wait(&smem.q_full[self], q_phase);
-        q_phase ^= 1;
+        mbarrier_wait(&smem.q_full[q.slot][self], q.phase);
 #pragma unroll 1
         do {
             tile_alone(item, tile, stats, o, packed);
@@ -278,7 +280,8 @@ struct Consumer {
                 }
             }
         } while (again);
-        release(&smem.q_empty[self]);
+        release(&smem.q_empty[q.slot][self]);
+        q.next();
         issue_values(o, packed);
         wgmma_wait<0>();
         wgmma_fence_operands(o);
@@ -345,11 +348,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) mla_prefill(const __gr
     SharedMemory& smem = *reinterpret_cast<SharedMemory*>(shared);
     if (threadIdx.x == 0) {
         smem.k_barriers.init(), smem.v_barriers.init(), smem.queue.init_barriers();
-        for (int i = 0; i < kConsumers; ++i) mbarrier_init(&smem.q_full[i], 1), mbarrier_init(&smem.q_empty[i], kWarpgroup / 32);
+        for (int slot = 0; slot < kQueries; ++slot)
+            for (int i = 0; i < kConsumers; ++i) mbarrier_init(&smem.q_full[slot][i], 1), mbarrier_init(&smem.q_empty[slot][i], kWarpgroup / 32);
         for (auto& flags : smem.too_large) flags[0] = flags[1] = 0;
         fence_barrier_init();
     }
     __syncthreads();
+    griddepcontrol_launch_dependents();
     if (threadIdx.x < kWarpgroup) {
         setmaxnreg_dec<MLA_PRODUCER_REGISTERS>();
         if (threadIdx.x < 32) Producer{p, smem}.run();

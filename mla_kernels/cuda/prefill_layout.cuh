@@ -6,11 +6,13 @@ constexpr int kHeadDim = MLA_HEAD_DIM, kHeadDimV = MLA_HEAD_DIM_V;  // of q and 
 constexpr int kConsumers = MLA_CONSUMERS;                           // warpgroups, 64 query rows each
 constexpr int kKeys = MLA_KEYS;                                     // of a tile
 constexpr int kStages = MLA_STAGES;                                 // tiles of K, and of V, in flight
+constexpr int kQueries = MLA_QUERIES;                               // items whose queries shared memory holds
 constexpr int kWarpgroup = 128, kWarpgroupRows = 64;
 constexpr int kRows = kConsumers * kWarpgroupRows;  // of queries, a CTA's
 constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
 constexpr bool kTurns = MLA_TURNS;                  // consumers take turns in issuing WGMMA
 constexpr bool kCompares = MLA_COMPARES;            // every score with its row's reference (prefill_softmax.cuh)
+static_assert(kQueries == 1 || kQueries == 2, "Producer::load_queries counts uses modulo four");
 static_assert(kConsumers == 2 || kConsumers == 3, "turns are taken by two or three");
 static_assert(kKeys % 16 == 0 && kKeys <= 256, "TMA boxes have up to 256 rows, PV takes 16 keys a step");
 
