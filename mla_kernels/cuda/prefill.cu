@@ -4,10 +4,12 @@
 //
 // Grid: a persistent CTA an SM, that draws items of kRows query rows of a head (prefill_schedule.cuh).
 // Warpgroups: 0 the producer's (one warp: schedules, and loads by TMA); the others consume, 64 rows each, S, P and O in registers.
-// Shared memory: Q of one item, rings of K and of V tiles (prefill_layout.cuh; sizes: mla_kernels/prefill_tuning.py).
+// Shared memory: Q of one or two items, rings of K and of V tiles (prefill_layout.cuh; sizes: mla_kernels/prefill_tuning.py).
 //
-// A consumer issues the scores of tile j - 1, then P V of tile j, and computes the softmax of the scores under that P V; besides, the
-// consumers take turns in issuing, so that one's WGMMA run under the others' softmax (FlashAttention-3, arXiv 2407.08608, 3.1-3.2).
+// Tiles go from the last to the first, so that masks come first. A consumer issues the scores of tile j - 1, then P V of tile j, and
+// computes the softmax of those scores while the others' WGMMA run: they take turns in issuing (FlashAttention-3, arXiv 2407.08608,
+// 3.1-3.2). Three loops over tiles, so that the one for tiles that all rows see whole has nothing else in it (332 instructions):
+// tile_alone, the first; tile_compared, with masks and the running maximum; tile_unchecked.
 #include "prefill_schedule.cuh"
 #include "prefill_softmax.cuh"
 
@@ -40,7 +42,8 @@ struct Producer {
     // Tile `tile` of the item's keys -> next slot. Rows past the sequence's end must be zero: 0 * NaN is NaN in P V. Of ragged
     // sequences the tensor map has the key twice, in a dimension of kKeys rows that ends where the other dimension points to.
     template <int kTileBoxes, class Barriers>
-    __device__ void load(TileRing<kTileBoxes>& ring, Barriers& barriers, Place<kStages>& place, const TensorMap* map, const Item& item, int tile) {
+    __device__ void load(TileRing<kTileBoxes>& ring, Barriers& barriers, Place<kStages>& place, const TensorMap* map, const Item& item,
+                         int tile) {
         u64* full = &barriers.full[place.slot];
         mbarrier_wait(&barriers.empty[place.slot], place.phase ^ 1);
         mbarrier_arrive_expect_tx(full, ring.kBytes);
@@ -63,7 +66,8 @@ struct Producer {
             mbarrier_arrive_expect_tx(&smem.q_full[slot][i], kBoxes * kQueryBoxBytes);
 #pragma unroll
             for (int c = 0; c < kBoxes; ++c)
-                tma_load_4d(smem.q[slot][i][c], &p.q_map, &smem.q_full[slot][i], c * kBoxColumns, item.token + i * kWarpgroupRows, item.head, batch);
+                tma_load_4d(smem.q[slot][i][c], &p.q_map, &smem.q_full[slot][i], c * kBoxColumns, item.token + i * kWarpgroupRows,
+                            item.head, batch);
         }
     }
     __device__ void load_item(const Item& item) {
@@ -167,7 +171,8 @@ struct Consumer {
         if ((tile + 1) * kKeys > sees(item)) mask(item, tile, s);
         return stats.follow(s, p.softmax_scale_log2, factor);
     }
-    __device__ void finish_tile(bool moved, const float (&factor)[2], RowStats& stats, const float (&s)[kCount], float (&o)[kCountV], u32 (&packed)[kSteps][4]) const {
+    __device__ void finish_tile(bool moved, const float (&factor)[2], RowStats& stats, const float (&s)[kCount], float (&o)[kCountV],
+                                u32 (&packed)[kSteps][4]) const {
         float sum[2];
         if (moved) {
 #pragma unroll
