@@ -152,7 +152,8 @@ def plot_lengths(record: Record, causal: bool) -> pd.DataFrame:
             rows += [{"d": d, "s": s, "name": name, "tflops": rate} for s, rate in zip(x, y, strict=True)]
         style.plain_log_ticks(panel, sorted({row["s"] for row in rows}))
         matmul = figures.find_ceiling(record, figures.MATMUL).value
-        style.ceiling(panel, matmul, f"matmul {matmul:.0f}")
+        panel.axhline(matmul, color=style.CEILING, linestyle="--", linewidth=1.1)
+        panel.annotate(f"matmul {matmul:.0f}", (512, matmul), (0, 3), textcoords="offset points", fontsize=8)
         panel.set(xlabel="tokens", title=f"d {d}, {'causal' if causal else 'full'}")
     axes[0].set(ylabel="TFLOP/s", ylim=(0, None))
     handles, names = axes[0].get_legend_handles_labels()
