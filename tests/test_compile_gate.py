@@ -9,8 +9,9 @@ from mla_kernels import append, chunk_steps, compiler, decode, plan
 BLOCKS = ("stream", "mma", "skeleton")
 # A tile's groups and its rotary box; queries by themselves, or as a tile of their own.
 TMA_LOADS = {"decode_swapped.cu": 2 + 1, "decode_rows.cu": 2 + 2}
-# In pieces: a group's boxes by one warp, the other's and the rotary box by another. Gathered tokens: none.
-IN_PIECES = {"decode_swapped.cu": 4 + 5 + 1, "decode_rows.cu": 2 * (4 + 5)}
+# In pieces: a group by one instruction, the other by another, and the rotary box. Queries by
+# themselves, or the same way. Gathered tokens: none.
+IN_PIECES = {"decode_swapped.cu": 1 + 2 + 1, "decode_rows.cu": 2 * (1 + 2)}
 QUERY_LOADS = {"decode_swapped.cu": 1, "decode_rows.cu": 0}  # of the block that loads no tiles
 
 
