@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import os
 
 import torch
 
 from mla_kernels import launch
-from mla_kernels.arguments import HEAD_DIM, HEAD_DIM_V
+from mla_kernels.arguments import HEAD_DIM, HEAD_DIM_V, checked_mode
 from mla_kernels.compiler import KernelConfig
 from mla_kernels.device import HOPPER, capability
 
@@ -80,7 +79,7 @@ def mla_append(
         return
     _check_rows(kv_cache, kv_c, k_pe)
     num_slots = kv_cache.shape[0] * kv_cache.shape[1]
-    if os.environ.get("MLA_KERNELS_CHECK") == "1" and len(slot_mapping) and slot_mapping.max() >= num_slots:
+    if checked_mode() and len(slot_mapping) and slot_mapping.max() >= num_slots:
         raise ValueError(
             f"slot_mapping has {int(slot_mapping.max())}, must be below {num_slots} (num_pages * page_size): "
             "take slots from PagedKVCache.append()"

@@ -1,5 +1,10 @@
-"""What the decode operators accept, checked on the host: nothing here looks at the contents of a tensor."""
+"""What the decode operators accept, checked on the host: nothing here looks at the contents of a tensor.
 
+And what every operator checks in the same way.
+"""
+
+import math
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -7,6 +12,38 @@ if TYPE_CHECKING:
 
 HEAD_DIM = 576
 HEAD_DIM_V = 512
+
+
+def checked_mode() -> bool:
+    """Whether MLA_KERNELS_CHECK=1 asks for checks that read tensors back."""
+    return os.environb.get(b"MLA_KERNELS_CHECK") == b"1"  # (no encoding of the name: 1 us less a call)
+
+
+def check_softmax_scale(softmax_scale: float | None, head_dim: int = HEAD_DIM) -> float:
+    """The scale to use. Raises TypeError or ValueError unless it is finite and positive."""
+    if softmax_scale is None:
+        return head_dim**-0.5
+    if not isinstance(softmax_scale, int | float):
+        raise TypeError(f"softmax_scale is a {type(softmax_scale).__name__}, must be a number or None")
+    if not (math.isfinite(softmax_scale) and softmax_scale > 0):
+        raise ValueError(f"softmax_scale is {softmax_scale}, must be finite and > 0: fold a sign into q")
+    return float(softmax_scale)
+
+
+def check_tensors(tensors: dict[str, "torch.Tensor"]) -> None:
+    """Raises TypeError or ValueError unless all are tensors on one device, and "q" is bf16 or fp16."""
+    import torch
+
+    q = tensors["q"]
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}, must be a torch.Tensor")
+        if tensor.device != q.device:
+            raise ValueError(
+                f"{name} is on {tensor.device}, q on {q.device}: all must be on one device, use .to(q.device)"
+            )
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        raise TypeError(f"q is {q.dtype}, must be torch.bfloat16 or torch.float16: convert it with .to()")
 
 
 def check_decode_arguments(
@@ -40,16 +77,7 @@ def check_decode_arguments(
     for name, tensor in {"out": out, "cu_seqlens_q": cu_seqlens_q}.items():
         if tensor is not None:
             tensors[name] = tensor
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} is a {type(tensor).__name__}, must be a torch.Tensor")
-        if tensor.device != q.device:
-            raise ValueError(
-                f"{name} is on {tensor.device}, q on {q.device}: all must be on one device, use .to(q.device)"
-            )
-
-    if q.dtype not in (torch.bfloat16, torch.float16):
-        raise TypeError(f"q is {q.dtype}, must be torch.bfloat16 or torch.float16: convert it with .to()")
+    check_tensors(tensors)
     for name, dtype in {"kv_cache": q.dtype, "out": q.dtype}.items():
         if name in tensors and tensors[name].dtype != dtype:
             raise TypeError(f"{name} is {tensors[name].dtype}, must be q's {dtype}: convert it with .to()")

@@ -10,14 +10,13 @@ by its LSE, in fp32 (``cuda/merge_part.cu``).
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from mla_kernels.append import takes_rows
-from mla_kernels.arguments import HEAD_DIM, HEAD_DIM_V
+from mla_kernels.arguments import HEAD_DIM, HEAD_DIM_V, check_softmax_scale, checked_mode
 from mla_kernels.chunk_steps import NOPE, ROPE, VALUE, NativeSteps, PortableSteps
 from mla_kernels.chunks import plan_chunks
 from mla_kernels.decode import check_device_values
@@ -77,10 +76,8 @@ def mla_prefill_paged(
     native = q.is_cuda and capability(q.device.index) == HOPPER
     _check(q, kv_cache, block_table, w_uk, w_uv, native)
     _check_lengths(q, kv_cache, block_table, starts, lengths, workspace_tokens)
-    scale = (NOPE + ROPE) ** -0.5 if softmax_scale is None else softmax_scale
-    if not 0 < scale < float("inf"):
-        raise ValueError(f"softmax_scale is {softmax_scale}, must be finite and > 0: fold a sign into q")
-    if os.environ.get("MLA_KERNELS_CHECK") == "1":
+    scale = check_softmax_scale(softmax_scale, NOPE + ROPE)
+    if checked_mode():
         on_device = torch.tensor(lengths, dtype=torch.int32, device=q.device)
         check_device_values(kv_cache, block_table, on_device)
     pool = kv_cache.squeeze(2) if kv_cache.dim() == 4 else kv_cache

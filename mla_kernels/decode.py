@@ -2,13 +2,12 @@
 
 import functools
 import math
-import os
 import warnings
 from typing import Literal
 
 import torch
 
-from mla_kernels.arguments import HEAD_DIM, HEAD_DIM_V, check_decode_arguments
+from mla_kernels.arguments import HEAD_DIM_V, check_decode_arguments, check_softmax_scale, checked_mode
 from mla_kernels.choice import active_table
 from mla_kernels.compiler import KernelConfig
 from mla_kernels.device import HOPPER, STILL_WORKS, DeviceUnavailable, capability
@@ -132,7 +131,7 @@ def _decode(tensors, out, head_dim_v, softmax_scale, causal, variant=None, cu_se
             if len(_plans) >= _PLANS_KEPT:
                 _plans.clear()
             _plans[key] = plan
-    if os.environb.get(b"MLA_KERNELS_CHECK") == b"1":  # (no encoding of the name: 1 us less)
+    if checked_mode():
         check_device_values(kv_cache, block_table, cache_seqlens)
         if cu_seqlens_q is not None:
             check_query_starts(cu_seqlens_q, len(q))
@@ -187,17 +186,6 @@ def _make_plan(tensors, out, head_dim_v, softmax_scale, causal, variant, cu_seql
     if not len(q) or not len(block_table):
         return None
     return DecodePlan(q, kv_cache, block_table, scale, causal, variant, ragged=cu_seqlens_q is not None)
-
-
-def check_softmax_scale(softmax_scale: float | None) -> float:
-    """The scale to use. Raises ValueError unless it is finite and positive."""
-    if softmax_scale is None:
-        return HEAD_DIM**-0.5
-    if not isinstance(softmax_scale, int | float):
-        raise TypeError(f"softmax_scale is a {type(softmax_scale).__name__}, must be a number or None")
-    if not (math.isfinite(softmax_scale) and softmax_scale > 0):
-        raise ValueError(f"softmax_scale is {softmax_scale}, must be finite and > 0: fold a sign into q")
-    return float(softmax_scale)
 
 
 def _check_cache(kv_cache: torch.Tensor) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
+from .arguments import check_softmax_scale, checked_mode
 from .device import HOPPER, STILL_WORKS, DeviceUnavailable, capability
 from .prefill_arguments import (
     check_prefill_alignment,
     check_prefill_arguments,
-    check_prefill_scale,
     check_prefill_starts,
 )
 from .prefill_plan import PrefillPlan
@@ -59,7 +57,7 @@ def mla_prefill(
     """
     if torch.compiler.is_compiling():
         check_prefill_arguments(q, k, v, cu_seqlens_q, cu_seqlens_k)
-        scale = check_prefill_scale(softmax_scale, q.shape[-1])
+        scale = check_softmax_scale(softmax_scale, q.shape[-1])
         out, lse = torch.ops.mla_kernels.prefill(q, k, v, causal, scale, cu_seqlens_q, cu_seqlens_k)
     else:
         out, lse = _prefill(q, k, v, causal, softmax_scale, cu_seqlens_q, cu_seqlens_k)
@@ -97,7 +95,7 @@ def _prefill(q, k, v, causal, softmax_scale, cu_seqlens_q, cu_seqlens_k, tuning=
         if len(_plans) >= _PLANS_KEPT:
             _plans.clear()
         _plans[key] = plan
-    if os.environ.get("MLA_KERNELS_CHECK") == "1" and cu_seqlens_q is not None:
+    if checked_mode() and cu_seqlens_q is not None:
         check_prefill_starts("cu_seqlens_q", cu_seqlens_q, len(q))
         check_prefill_starts("cu_seqlens_k", cu_seqlens_k, len(k))
     check_prefill_alignment(q, k, v)
@@ -119,7 +117,7 @@ NOTHING_TO_SEE = object()  # instead of a plan, where there are no rows, or no k
 
 def _make_plan(q, k, v, causal, softmax_scale, cu_seqlens_q, cu_seqlens_k, tuning):
     check_prefill_arguments(q, k, v, cu_seqlens_q, cu_seqlens_k)
-    scale = check_prefill_scale(softmax_scale, q.shape[-1])
+    scale = check_softmax_scale(softmax_scale, q.shape[-1])
     if not q.is_cuda:
         raise DeviceUnavailable(f"q is on {q.device}: mla_prefill needs a CUDA device; {STILL_WORKS}")
     if capability(q.device.index) != HOPPER:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
+from .arguments import check_tensors
 from .prefill_tuning import HEAD_DIMS
 
 
@@ -28,15 +27,7 @@ def check_prefill_arguments(
     ragged = cu_seqlens_q is not None
     if not ragged:
         del tensors["cu_seqlens_q"], tensors["cu_seqlens_k"]
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} is a {type(tensor).__name__}, must be a torch.Tensor")
-        if tensor.device != q.device:
-            raise ValueError(
-                f"{name} is on {tensor.device}, q on {q.device}: all must be on one device, use .to(q.device)"
-            )
-    if q.dtype not in (torch.bfloat16, torch.float16):
-        raise TypeError(f"q is {q.dtype}, must be torch.bfloat16 or torch.float16: convert it with .to()")
+    check_tensors(tensors)
     for name, tensor in tensors.items():
         wanted = torch.int32 if name.startswith("cu") else q.dtype
         if tensor.dtype != wanted:
@@ -106,17 +97,6 @@ def check_prefill_alignment(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -
             raise ValueError(
                 f"{name} starts at {tensor.data_ptr():#x}, must be aligned to 16 bytes: call .clone()"
             )
-
-
-def check_prefill_scale(softmax_scale: float | None, head_dim: int) -> float:
-    """The scale to use. Raises TypeError or ValueError unless it is finite and positive."""
-    if softmax_scale is None:
-        return head_dim**-0.5
-    if not isinstance(softmax_scale, int | float):
-        raise TypeError(f"softmax_scale is a {type(softmax_scale).__name__}, must be a number or None")
-    if not (math.isfinite(softmax_scale) and softmax_scale > 0):
-        raise ValueError(f"softmax_scale is {softmax_scale}, must be finite and > 0: fold a sign into q")
-    return float(softmax_scale)
 
 
 def check_prefill_starts(name: str, starts: torch.Tensor, total: int) -> None:
