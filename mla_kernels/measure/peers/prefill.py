@@ -10,8 +10,8 @@ import torch
 
 from ..bound import Bound
 from ..prefill_inputs import PrefillInputs, starts
-from .fa3 import LIBRARY
-from .interface import Peer, load_operators, missing, no_gpu, require
+from .fa3 import FA3, LIBRARY
+from .interface import Peer, load_operators, no_gpu, require
 
 SCORE_BYTES = 12  # a score of plain PyTorch: bf16, float32 before and after softmax, bf16
 MOST_SCORE_BYTES = 16 << 30
@@ -22,16 +22,8 @@ def _bound(inputs: PrefillInputs, call: Callable, unpack: Callable, out: torch.T
     return Bound([functools.partial(call, *tensors) for tensors in inputs.sets], out=out, unpack=unpack)
 
 
-class PrefillFA3(Peer):
+class PrefillFA3(FA3):
     """Through cu_seqlens whatever the lengths: the wheel was built for that form alone."""
-
-    source = "FlashAttention 3, from the vllm wheel"
-
-    def available(self) -> str | None:
-        return missing(LIBRARY)
-
-    def prepare(self, dtypes: tuple[str, ...]) -> None:
-        load_operators(LIBRARY, "_vllm_fa3_C")
 
     def bind(self, inputs: PrefillInputs) -> Bound:
         workload, operators = inputs.workload, load_operators(LIBRARY, "_vllm_fa3_C")
