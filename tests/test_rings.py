@@ -145,8 +145,8 @@ FAULTS = {
         (NOT_SCORED,),
     ),
     "the loader is no reader of the queue": Fault(
-        "(kValueThreads + kScoreThreads) / 32 + 1",
-        "(kValueThreads + kScoreThreads) / 32 + 0",
+        "kMergeThreads / 32 + 1 + (MLA_ROWS",
+        "kMergeThreads / 32 + 0 + (MLA_ROWS",
         (NOT_STORED, STORED_TWICE, DEADLOCK),
     ),
     "what decides is read from an item that other lanes write anew": Fault(
@@ -207,7 +207,7 @@ FAULTS = {
         rows=8,
     ),
     "who merges does not count those that leave": Fault(
-        "w.slices - 1)) arrived[0]", "w.parts - 1)) arrived[0]", (COUNTERS,)
+        "w.slices * kClusterCtas - 1)) arrived[0]", "w.parts * kClusterCtas - 1)) arrived[0]", (COUNTERS,)
     ),
     "to whom the last part goes on does not matter": Fault(
         "w.part < w.slices", "w.part < w.parts", (DEADLOCK, COUNTERS, WRONG_PARTS, NOT_STORED)
@@ -220,7 +220,9 @@ def test_a_fault_is_seen(fault: Fault, tmp_path: Path) -> None:
     headers, sources = tmp_path / "cuda", tmp_path / "on_host"
     shutil.copytree(CUDA_DIR, headers)
     shutil.copytree(HOST, sources)
-    files = [*headers.iterdir(), *sources.iterdir()]
+    files = [
+        path for path in (*headers.iterdir(), *sources.iterdir()) if "pair" not in path.name
+    ]  # not run here
     [path] = [path for path in files if fault.before in path.read_text()]
     path.write_text(path.read_text().replace(fault.before, fault.after))
     assert play(build(tmp_path, fault.rows, sources, headers), cases=1000) in fault.complaints

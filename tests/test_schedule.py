@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mla_kernels.choice import active_table, group_size
+from mla_kernels.choice import group_size
 from mla_kernels.compiler import CUDA_DIR
-from mla_kernels.tuning import DecodeTuning
+from mla_kernels.tuning import VARIANTS, DecodeTuning
 
 TILE = 64
 MAX_PAGES = 64  # 4096 tokens
@@ -123,13 +123,14 @@ class Scheduler:
 
 @pytest.fixture(
     scope="module",
-    params=[(16, {}), (64, {}), (16, {"min_tiles": 6, "align_percent": 30, "item_units": 2})],
-    ids=["16-rows", "64-rows", "16-rows-changed"],
+    params=[(16, {}), (64, {}), (128, {}), (16, {"min_tiles": 6, "align_percent": 30, "item_units": 2})],
+    ids=["16-rows", "64-rows", "pairs", "16-rows-changed"],
 )
 def schedule(request, tmp_path_factory):
-    """Of decode_swapped.cu, and of decode_rows.cu, whose queries take a place in the ring."""
+    """Of decode_swapped.cu, of decode_rows.cu, whose queries take a place in the ring, and of decode_pair.cu,
+    whose queries take two, and of which two CTAs have one share."""
     rows, changes = request.param
-    tuning = dataclasses.replace(active_table().of_rows(rows), **changes)
+    tuning = dataclasses.replace(VARIANTS[rows], **changes)
     binary = tmp_path_factory.mktemp("schedule") / "schedule"
     source = Path(__file__).parent / "on_host" / "schedule.cpp"
     macros = [f"-D{name}={value}" for name, value in tuning.kernel_config("bf16").defines]
@@ -154,7 +155,7 @@ def check(schedule: Scheduler, batch: Batch) -> list[Item]:
         check_item(batch, request, row_block, pieces)
         assert all(piece is own[piece.cta][-1] for piece in pieces if is_merged_by(piece))
     for pieces in own.values():
-        check_cta(pieces, query_tiles=int(schedule.tuning.rows == TILE))
+        check_cta(pieces, query_tiles=schedule.tuning.rows // TILE)
         assert sum(p.end - p.begin for p in pieces) <= schedule.most(batch)
     if len(set(batch.tiles)) > 1:  # nothing is aligned
         for pieces in own.values():

@@ -36,42 +36,7 @@ struct SharedMemory {
     __device__ void fetch_queries(const DecodeParams&) {}  // they come through the ring
 };
 
-// What a thread's accumulators are: vector j holds columns 8 j, 8 j + 1 (from its own first) of rows r and r + 8.
-struct RowsFragment {
-    static constexpr int kThreadRows = 2, kWarpRows = 16, kWarpStride = 16, kSlotStep = 2;
-
-    __device__ static constexpr int slot(int, int element) { return element / 2; }
-    __device__ static u32 row(u32 thread, u32 slot) { return thread / 32 % 4 * 16 + thread % 32 / 4 + slot * 8; }
-    // Four vectors, so that a thread writes 16 bytes: the four threads of a row swap their pairs of columns. `pair(i, r)`:
-    // the elements of row r (0, 1) of vector j + i, packed.
-    static constexpr int kStoreVectors = 4;
-    template <class Pair>
-    __device__ static void store(u16* out, u32 rows, u32 thread, int j, Pair pair) {
-        u16* place = out + row(thread, 0) * kHeadDimV + thread / kWarpgroup * kHalfColumns + (j + thread % 4) * 8;
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            const uint4 columns = transposed(thread, pair(0, r), pair(1, r), pair(2, r), pair(3, r));
-            __syncwarp();  // or ptxas gathers the packed pairs of many vectors in registers that it has not
-            if (row(thread, r) < rows) *reinterpret_cast<uint4*>(place + r * 8 * kHeadDimV) = columns;
-        }
-    }
-    // Element i of thread t of four neighbours -> element t of thread i.
-    __device__ static uint4 transposed(u32 thread, u32 a, u32 b, u32 c, u32 d) {
-        const auto swap = [thread](u32 bit, u32& x, u32& y) {
-            const bool upper = thread & bit;
-            const u32 other = __shfl_xor_sync(0xffffffffu, upper ? x : y, bit);
-            (upper ? x : y) = other;
-        };
-        swap(1, a, b), swap(1, c, d), swap(2, a, c), swap(2, b, d);
-        return make_uint4(a, b, c, d);
-    }
-    __device__ static void store_one(u16* out, u32 rows, u32 thread, int j, float4 v) {
-        const u32 r = row(thread, 0);
-        u16* place = out + r * kHeadDimV + thread / kWarpgroup * kHalfColumns + thread % 4 * 2 + j * 8;
-        if (r < rows) *reinterpret_cast<u32*>(place) = pack_elements(v.x, v.y);
-        if (r + 8 < rows) *reinterpret_cast<u32*>(place + 8 * kHeadDimV) = pack_elements(v.z, v.w);
-    }
-};
+#include "fragment.cuh"  // here, since ptxas arranges the kernel otherwise where it stands above, and the records are of this one
 
 struct Scores {
     const DecodeParams& p;

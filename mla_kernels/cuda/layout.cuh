@@ -41,10 +41,12 @@ enum : u32 {
 
 // Roles, a warpgroup each: two of values, one of scores, the producer's.
 constexpr int kWarpgroup = 128;
-constexpr int kValueThreads = 2 * kWarpgroup;
+// (decode_pair.cu: two that do both, in each of a row block's two CTAs, and the producer's.)
+enum : int { kPairRows = 128, kClusterCtas = MLA_ROWS == kPairRows ? 2 : 1 };
+constexpr int kValueThreads = 2 * kWarpgroup * kClusterCtas;  // of a row block
 constexpr int kScoreThreads = kWarpgroup;
-constexpr int kMergeThreads = kValueThreads + kScoreThreads;  // threads 0 to 383
-constexpr int kThreads = kValueThreads + kScoreThreads + kWarpgroup;
+constexpr int kMergeThreads = (kClusterCtas == 2 ? 2 : 3) * kWarpgroup;  // all of a CTA but the producer's, from thread 0 on
+constexpr int kThreads = kMergeThreads + kWarpgroup;
 // Warps that bring pieces or tokens: what the producer's has, where queries come another way (decode_rows.cu) one more.
 enum : int { kLoaders = kPageIsTile ? 1 : MLA_ROWS == kTileTokens ? 3 : 2, kGatherThreads = kLoaders * 32 };
 constexpr int kMaxSharedBytes = 227 * 1024;

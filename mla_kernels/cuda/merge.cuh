@@ -13,8 +13,9 @@ __device__ __forceinline__ bool merges(const WorkItem& w) { return is_split(w) &
 // All warpgroups but the producer's merge this CTA's slice of `w` in `memory`, of kBytes.
 template <int kRows, class Fragment, int kBytes>
 struct Merge {
-    static constexpr int kRuns = Fragment::kWarpStride > 0 ? kGroups : 1;  // where warps have rows of their own: one a half
-    static constexpr int kUnits = kVectors<kRows> * (kValueThreads / 32) / kRuns;
+    // Where warps have rows of their own: one a half of the columns, and of a pair of CTAs each merges its half.
+    static constexpr int kRuns = Fragment::kWarpStride > 0 && kClusterCtas == 1 ? kGroups : 1;
+    static constexpr int kUnits = kVectors<kRows> * (kValueThreads / 32) / (kRuns * kClusterCtas);
     static constexpr int kWarps = kMergeThreads / 32, kUnitBytes = 512;
 
     const DecodeParams& p;
@@ -22,7 +23,7 @@ struct Merge {
     char* memory;
     // (Kept here: every copy's asm is said to change memory, after which nothing is known of p and w.)
     const PartialSlot<kRows>* slots = &partial_slot<kRows>(p, w.first_cta, 0);
-    const int stride = 2 * gridDim.x;  // of the other parts' slots, from the one before part 0's
+    const int stride = 2 * grid_blocks();  // of the other parts' slots, from the one before part 0's
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, parts = w.parts;
     const int begin = kUnits * w.part / w.slices, end = kUnits * (w.part + 1) / w.slices;
     const int first_row = warp_of(begin) * Fragment::kWarpStride;
@@ -30,6 +31,7 @@ struct Merge {
     // Units at a time: all of them, unless there are many parts and few slices.
     const int chunk = min(end - begin, (kBytes - parts * rows * static_cast<int>(sizeof(RowStats))) / (parts * kRuns * kUnitBytes));
 
+    __device__ static int half_of(int run) { return kClusterCtas == 2 ? cluster_rank() : run; }
     __device__ static int warp_of(int unit) { return unit / kVectors<kRows>; }
     __device__ RowStats* stats() const { return reinterpret_cast<RowStats*>(memory + parts * chunk * kRuns * kUnitBytes); }
     __device__ float4* piece(int part_and_run, int units) const { return reinterpret_cast<float4*>(memory + part_and_run * units * kUnitBytes); }
@@ -39,7 +41,7 @@ struct Merge {
     __device__ void load_units(int first, int units) const {
 #pragma unroll 2
         for (int i = warp; i < parts * kRuns; i += kWarps) {
-            const float4* o = slot(i / kRuns).o[0][0] + (i % kRuns * kUnits + first) * 32 + lane;
+            const float4* o = slot(i / kRuns).o[0][0] + (half_of(i % kRuns) * kUnits + first) * 32 + lane;
             float4* to = piece(i, units) + lane;
 #pragma unroll 4
             for (int u = 0; u < units; ++u) copy_async(to + u * 32, o + u * 32);
@@ -89,7 +91,7 @@ struct Merge {
 
     // One warp: unit `first + u` of run `run`, over parts `team`, `team + teams`, ...
     __device__ float4 sum(int first, int u, int run, int units, int team, int teams) const {
-        const int owner = (run * 4 + warp_of(first + u)) * 32 + lane, vector = (first + u) % kVectors<kRows>;
+        const int owner = (half_of(run) * (kUnits / kVectors<kRows>) + warp_of(first + u)) * 32 + lane, vector = (first + u) % kVectors<kRows>;
         const RowStats* weights[2];
 #pragma unroll
         for (int e = 0; e < 2; ++e)  // an element's slot repeats: 0 0 1 1 or 0 1 0 1
@@ -105,7 +107,7 @@ struct Merge {
     }
 
     __device__ void store(int unit, int run, float4 v) const {
-        const int owner = (run * 4 + warp_of(unit)) * 32 + lane;
+        const int owner = (half_of(run) * (kUnits / kVectors<kRows>) + warp_of(unit)) * 32 + lane;
         Fragment::store_one(out_row(p, first_query(p, w), w.row_block * kRows), valid_rows<kRows>(p, w), owner, unit % kVectors<kRows>, v);
     }
 
@@ -154,5 +156,5 @@ struct Merge {
 // When a CTA has merged: the last CTA resets the item's counters for the next launch.
 __device__ __forceinline__ void leave_merge(const DecodeParams& p, const WorkItem& w) {
     u32* arrived = &p.arrivals[2 * w.first_cta];
-    if (threadIdx.x == 0 && atomic_add_relaxed(arrived + 1, 1) == static_cast<u32>(w.slices - 1)) arrived[0] = arrived[1] = 0;
+    if (threadIdx.x == 0 && atomic_add_relaxed(arrived + 1, 1) == static_cast<u32>(w.slices * kClusterCtas - 1)) arrived[0] = arrived[1] = 0;
 }

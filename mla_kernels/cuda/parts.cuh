@@ -17,7 +17,7 @@ struct PartialSlot {
 template <int kRows>
 __device__ __forceinline__ PartialSlot<kRows>& partial_slot(const DecodeParams& p, int first_cta, int part) {
     auto* slots = reinterpret_cast<PartialSlot<kRows>*>(p.partials);
-    return slots[2 * (first_cta + part * gridDim.x) + (part == 0)];
+    return slots[2 * (first_cta + part * grid_blocks()) + (part == 0)];
 }
 
 // Whether parts of it are to be merged. (Of a block without loads or arithmetic they have no meaning.)
@@ -42,7 +42,7 @@ __device__ __forceinline__ u32 all_arrivals(const WorkItem& w) { return w.parts 
 // Value warpgroups, when the stats are written: leaves this CTA's part of `w` and tells those who merge it, warp by warp.
 template <int kRows, class Values>
 __device__ __forceinline__ void write_part(const DecodeParams& p, const WorkItem& w, Values& values) {
-    const u32 thread = launder(threadIdx.x);
+    const u32 thread = value_thread();
     auto& o = partial_slot<kRows>(p, w.first_cta, w.part).o[thread / 32];
 #pragma unroll
     for (int j = 0; j < kVectors<kRows>; ++j) o[j][thread % 32] = values.vector(j);

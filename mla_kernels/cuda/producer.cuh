@@ -196,7 +196,7 @@ struct ItemQueue {
     static constexpr int kSlots = 3;
     // Warps that read it: values, scores, loader (several where pages are no tiles), and where queries do not come through the ring
     // theirs.
-    static constexpr int kReaders = (kValueThreads + kScoreThreads) / 32 + 1 + (MLA_ROWS != kTileTokens) + kLoaders - 1;
+    static constexpr int kReaders = kMergeThreads / 32 + 1 + (MLA_ROWS < kTileTokens) + kLoaders - 1;
     WorkItem item[kSlots];
     u64 full[kSlots], empty[kSlots];
 
@@ -225,11 +225,14 @@ struct ItemQueue {
 };
 
 // Run by one warp: walks the CTA's share and hands its items to the others.
-__device__ __forceinline__ void schedule_items(const DecodeParams& p, ItemQueue& queue) {
-    WorkRange range(p);
+__device__ __forceinline__ void schedule_items(WorkRange& range, ItemQueue& queue) {
     u32 index = 0;
     for (bool more = true; more; ++index) {
         more = range.next(queue.open(index));
         queue.close(index);
     }
+}
+__device__ __forceinline__ void schedule_items(const DecodeParams& p, ItemQueue& queue) {
+    WorkRange range(p);
+    schedule_items(range, queue);
 }

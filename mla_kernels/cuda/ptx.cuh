@@ -82,6 +82,41 @@ __device__ __forceinline__ bool named_barrier_any(u32 id, u32 threads, bool vote
     return any != 0;
 }
 
+// ---- a cluster of two CTAs: shared memory of the other ------------------------------------------------------------
+
+__device__ __forceinline__ u32 cluster_rank() {
+    u32 rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+// Where this CTA's `address` is in CTA `rank` of the cluster.
+__device__ __forceinline__ u32 map_shared(u32 address, u32 rank) {
+    u32 mapped;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
+    return mapped;
+}
+
+// 16 bytes into another CTA's shared memory; completes its `barrier` by them.
+__device__ __forceinline__ void store_async(u32 address, u32 barrier, u32 a, u32 b, u32 c, u32 d) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%2, %3, %4, %5}, [%1];" ::"r"(address),
+                 "r"(barrier), "r"(a), "r"(b), "r"(c), "r"(d)
+                 : "memory");
+}
+
+// All threads of the cluster.
+__device__ __forceinline__ void cluster_sync() {
+    asm volatile("barrier.cluster.arrive;" ::: "memory");
+    asm volatile("barrier.cluster.wait;" ::: "memory");
+}
+
+// The same value, defined here: operands of a WGMMA in flight must not be where the next ones come to be (C7513).
+__device__ __forceinline__ u32 moved(u32 value) {
+    u32 copy;
+    asm volatile("mov.b32 %0, %1;" : "=r"(copy) : "r"(value) : "memory");
+    return copy;
+}
+
 // ---- TMA ---------------------------------------------------------------------------------------------------------
 
 // Box at (x, y, z) of a rank-3 tensor -> shared memory; completes `barrier` by its bytes. Out-of-range parts are zero.
@@ -192,6 +227,16 @@ __device__ __forceinline__ void wgmma_rs_n64(float (&d)[32], const u32 (&a)[4], 
         "wgmma.mma_async.sync.aligned.m64n64k16." MMA_TYPES " {" REGS_32 "}, {%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}\n"
         : ACC_32(d, 0)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor_high(stride_b) | b), "r"(static_cast<int>(accumulate)));
+}
+
+// d[64 x 64] (+)= A[64 x 16] B[16 x 64], both in shared memory in rows of 64 bytes: 64-byte swizzle, atoms of 512 bytes.
+__device__ __forceinline__ void wgmma_ss_n64_narrow(float (&d)[32], u32 a, u32 b, bool accumulate) {
+    constexpr u64 kHigh = (2ull << 62) | (512ull >> 4 << 32);
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16." MMA_TYPES " {" REGS_32 "}, %32, %33, p, 1, 1, 0, 0;\n}\n"
+        : ACC_32(d, 0)
+        : "l"(kHigh | a), "l"(kHigh | b), "r"(static_cast<int>(accumulate)));
 }
 
 // ---- fragments ---------------------------------------------------------------------------------------------------

@@ -41,6 +41,12 @@ __device__ __forceinline__ u16* out_row(const DecodeParams& p, long long first, 
     return p.out + (first * p.h_q + row) * kHeadDimV;
 }
 
+// This thread among all value threads of its row block.
+__device__ __forceinline__ u32 value_thread() {
+    if constexpr (kClusterCtas == 2) return cluster_rank() * (kValueThreads / 2) + launder(threadIdx.x);
+    return launder(threadIdx.x);
+}
+
 template <int kRows>
 __device__ __forceinline__ int valid_rows(const DecodeParams& p, const WorkItem& w) {
     return min(kRows, query_tokens(p, w) * p.h_q - w.row_block * kRows);
@@ -52,7 +58,7 @@ __device__ __forceinline__ void write_empty(const DecodeParams& p, const WorkIte
     const int rows = valid_rows<kRows>(p, w);
     const float fill = w.invalid ? kNan : 0.f;
     const u32 packed = pack_elements(fill, fill);
-    const u32 thread = launder(threadIdx.x);
+    const u32 thread = value_thread();
     auto* out = reinterpret_cast<uint2*>(out_row(p, first_query(p, w), w.row_block * kRows));
     for (int i = thread; i < rows * kHeadDimV / 4; i += kValueThreads) out[i] = make_uint2(packed, packed);
     for (int r = thread; r < rows; r += kValueThreads)
@@ -68,7 +74,7 @@ __device__ __forceinline__ float4 weighted(float4 v, float4 a, float x, float y,
 template <int kRows, class Values>
 __device__ __forceinline__ void write_out(const DecodeParams& p, const WorkItem& w, Values& values, const float (&weight)[Values::Fragment::kThreadRows]) {
     using Fragment = typename Values::Fragment;
-    const u32 thread = launder(threadIdx.x);
+    const u32 thread = value_thread();
     u16* out = out_row(p, first_query(p, w), w.row_block * kRows);
     const int rows = valid_rows<kRows>(p, w);
 #pragma unroll

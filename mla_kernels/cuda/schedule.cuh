@@ -1,7 +1,7 @@
 // Who does what: every CTA finds its share of the batch from the lengths on the device, with no plan step.
 //
 // The batch is a line of work units. Each (request, row group) is an item: `kItemUnits` units for its fixed cost, then
-// one unit a 64-token tile. A row group is gridDim.x row blocks, whose CTAs walk the same tiles at the same time, so that
+// one unit a 64-token tile. A row group is grid_blocks() row blocks, whose CTAs walk the same tiles at the same time, so that
 // the second reads KV from L2. The line is cut into gridDim.y equal shares; an item cut by a share's end is split, and its
 // parts are merged by the CTAs that hold them (parts.cuh). One warp walks the share.
 #pragma once
@@ -27,6 +27,8 @@ struct alignas(64) DecodeParams {
     int total_q;              // query tokens
 #if MLA_PAGE_SIZE == 0  // kPieces
     TensorMap rotary_map;  // (576 columns, page_size tokens, num_pages); kv_map is (64 columns, 8 tokens, 9 boxes, page_size / 8, num_pages)
+#elif MLA_ROWS == 128  // kPairRows
+    TensorMap rotary_map, q_rotary_map;  // as kv_map and q_map, boxes of 32 columns, 64-byte swizzle
 #endif
 };
 
@@ -99,6 +101,10 @@ __device__ __forceinline__ int divide(int a, int b) {
     return quotient + (a - quotient * b >= b);
 }
 
+// Row blocks side by side, and which of them is this CTA's; a pair of CTAs has one (decode_pair.cu).
+__device__ __forceinline__ u32 grid_blocks() { return gridDim.x / kClusterCtas; }
+__device__ __forceinline__ u32 grid_block() { return blockIdx.x / kClusterCtas; }
+
 class WorkRange {
    public:
     __device__ explicit WorkRange(const DecodeParams& p) : p_(p) {
@@ -146,15 +152,15 @@ class WorkRange {
             w.kv_len = p_.cache_seqlens[request_];
             w.invalid = w.kv_len < 0 || w.kv_len > max_tokens(p_);
             w.tiles = tiles_;
-            w.row_block = row_group_ * gridDim.x + blockIdx.x;
+            w.row_block = row_group_ * grid_blocks() + grid_block();
             // (What decides is not read from `w`, which other lanes may already be writing anew.)
-            const bool active = row_group_ * gridDim.x + blockIdx.x < row_blocks(request_);
+            const bool active = row_group_ * grid_blocks() + grid_block() < row_blocks(request_);
             const int begin = max(position_ - first_tile, 0), end = max(stop - first_tile, 0);
             w.begin = begin, w.end = end;
             w.ordinal = streamed_ + kQueryTiles;
             const int group = divide((threadIdx.x & 1) == 0 ? first_tile : item_end - 1, share_);  // two at once
             const int first_group = __shfl_sync(0xffffffffu, group, 0), last_group = __shfl_sync(0xffffffffu, group, 1);
-            w.first_cta = first_group * gridDim.x + blockIdx.x;
+            w.first_cta = first_group * grid_blocks() + grid_block();
             w.part = blockIdx.y - first_group;
             w.parts = tiles_ > 0 ? last_group - first_group + 1 : 1;
             w.slices = w.parts - ((last_group + 1) * share_ != item_end);  // or the last part's CTA goes on
@@ -182,7 +188,7 @@ class WorkRange {
 
    private:
     static constexpr int kItemUnits = MLA_ITEM_UNITS, kMinTiles = MLA_MIN_TILES, kAlignPercent = MLA_ALIGN_PERCENT;
-    static constexpr u32 kQueryTiles = MLA_ROWS == kTileTokens;  // an item's queries come as a tile of their own
+    static constexpr u32 kQueryTiles = MLA_ROWS / kTileTokens;  // an item's queries come as tiles of their own
     static_assert(kItemUnits > 0, "an empty request needs a unit to be found by");
 
     // All items have `tiles` tiles: lets a share's ends fall on theirs, or on those of equal parts, where that costs little:
@@ -216,7 +222,7 @@ class WorkRange {
     __device__ int row_groups(int request) const {
         if constexpr (!kRagged) return p_.row_groups;
         if (p_.cu_seqlens_q == nullptr) return p_.row_groups;
-        return divide(row_blocks(request) + gridDim.x - 1, gridDim.x);
+        return divide(row_blocks(request) + grid_blocks() - 1, grid_blocks());
     }
     __device__ int units_of(int request, int tiles) const {
         if constexpr (kRagged)

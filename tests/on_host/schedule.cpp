@@ -15,6 +15,9 @@ static void agree(int value) {
     if (std::any_of(values, values + 32, [&](int other) { return other != value; })) std::puts("lanes disagree"), std::exit(1);
 }
 
+// Of the CTA, or of the pair of CTAs that have one share.
+static u32 number() { return blockIdx.y * grid_blocks() + grid_block(); }
+
 static void lane_main() {
     const bool writes = (threadIdx.x & 31) == 0;
     WorkRange range(params);
@@ -24,13 +27,13 @@ static void lane_main() {
         const WorkItem w = item;
         __syncwarp();  // who goes on writes the next
         if (more && writes) {
-            std::printf("%u", blockIdx.y * gridDim.x + blockIdx.x);
+            std::printf("%u", number());
             for (int field : {w.request, w.kv_len, w.tiles, w.row_block, w.begin, w.end, static_cast<int>(w.ordinal), w.first_cta,
                               w.part, w.parts, w.slices, static_cast<int>(w.invalid)})
                 std::printf(" %d", field);
             std::puts("");
         }
-        if (!more && writes && w.request < 0) std::printf("%u end\n", blockIdx.y * gridDim.x + blockIdx.x);
+        if (!more && writes && w.request < 0) std::printf("%u end\n", number());
     }
 }
 
@@ -64,12 +67,13 @@ int main(int count, char**) {
     std::vector<int> lengths;
     while (std::scanf("%d %u %u %d %d %d %d %d", &params.b, &gridDim.x, &gridDim.y, &params.row_blocks, &params.row_groups,
                       &params.max_pages, &params.items_each, &params.item_parts) == 8) {
+        gridDim.x *= kClusterCtas;
         lengths.resize(params.b);
         for (int& length : lengths)
             if (std::scanf("%d", &length) != 1) return 1;
         params.cache_seqlens = lengths.data();
         for (blockIdx.y = 0; blockIdx.y < gridDim.y; ++blockIdx.y)
-            for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) {
+            for (blockIdx.x = blockIdx.y % kClusterCtas; blockIdx.x < gridDim.x; blockIdx.x += kClusterCtas) {  // either of a pair
                 start(warp, 384, lane_main);
                 run_alone(warp);
             }
