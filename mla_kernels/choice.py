@@ -12,7 +12,7 @@ import json
 import os
 from dataclasses import dataclass
 
-from .tuning import VARIANTS, DecodeTuning, TuningError, require
+from .tuning import VARIANTS, DecodeTuning, Pages, TuningError, require
 
 VARIABLE = "MLA_KERNELS_TUNING"
 H200_SMS = 132
@@ -99,7 +99,7 @@ class Share:
     @classmethod
     def of(cls, tuning: DecodeTuning, query_rows: int, b: int, tiles: int, ctas: int) -> Share:
         """Of ``b`` sequences of ``tiles`` pages, by ``ctas`` CTAs."""
-        grid = Grid.of(tuning.rows, query_rows, b, ctas)
+        grid = Grid.of(tuning.rows, query_rows, b, ctas // tuning.cluster_ctas)
         fair = max(-(-grid.items * (tiles + tuning.item_units) // grid.groups), tuning.min_tiles)
         if grid.items_each:
             whole = grid.items_each * (tiles + tuning.item_units)
@@ -132,7 +132,9 @@ class TuningTable:
         """The variant with so many rows a CTA. Raises KeyError where the table has none."""
         return {tuning.rows: tuning for tuning in self.variants}[rows]
 
-    def serving(self, query_rows: int, b: int, pages: int, ctas: int = H200_SMS) -> DecodeTuning:
+    def serving(
+        self, query_rows: int, b: int, pages: int, ctas: int = H200_SMS, come: Pages = "tiles"
+    ) -> DecodeTuning:
         """The variant that is expected to be fastest.
 
         With few pages there are more SMs than work: then blocks of few rows, side by side, spread it better,
@@ -143,13 +145,14 @@ class TuningTable:
             b: sequences.
             pages: of 64 tokens, of each sequence, or what the page table has room for.
             ctas: of a launch.
+            come: how the pages come into tiles.
         """
 
         def expected(entry: tuple[Cost, DecodeTuning]) -> float:
             cost, tuning = entry
             return cost.expected_us(Share.of(tuning, query_rows, b, pages, ctas), b * pages)
 
-        return min(self.entries, key=expected)[1]
+        return min((entry for entry in self.entries if entry[1].serves(come)), key=expected)[1]
 
     def serving_many(self, query_rows: int) -> DecodeTuning:
         """The variant for so many query rows where there is work in plenty."""

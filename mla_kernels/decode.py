@@ -25,6 +25,7 @@ def shipped_configs() -> list[KernelConfig]:
         for pages in PAGES
         for element in ("bf16", "fp16")
         for tuning in variants
+        if tuning.serves(pages)
     ]
 
 

@@ -16,7 +16,7 @@ from mla_kernels.compiler import CompiledKernel, KernelConfig, compile_kernel
 
 _CU_TENSOR_MAP_BFLOAT16, _CU_TENSOR_MAP_FLOAT16 = 9, 6
 # Promotion to 256 bytes, twice a box's line, costs 5 to 6 % of the bandwidth: 4.20 TB/s, not 4.44 (H200).
-_CU_SWIZZLE_128B, _CU_L2_PROMOTION_128B = 3, 2
+_CU_SWIZZLE_64B, _CU_SWIZZLE_128B, _CU_L2_PROMOTION_128B = 2, 3, 2
 _CU_LAUNCH_ATTRIBUTE_COOPERATIVE, _CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC = 2, 6
 
 
@@ -69,7 +69,9 @@ class DecodeParams(ctypes.Structure):
         ("max_tokens", ctypes.c_int),
         ("total_q", ctypes.c_int),
         ("pad", ctypes.c_char * 12),
-        ("rotary_map", ctypes.c_uint64 * 16),  # read where pages come in pieces only
+        # Read where pages come in pieces, and by pairs of CTAs; the last by pairs only.
+        ("rotary_map", ctypes.c_uint64 * 16),
+        ("q_rotary_map", ctypes.c_uint64 * 16),
     )
 
 
@@ -156,11 +158,11 @@ def load(config: KernelConfig, entry: str, device: int, *, persistent: bool) -> 
     return kernel
 
 
-def kv_tensor_map(kv_cache: torch.Tensor) -> ctypes.Array:
+def kv_tensor_map(kv_cache: torch.Tensor, columns: int = 64) -> ctypes.Array:
     """Tensor map of a page pool (num_pages, page_size, [1,] 576): boxes of 64 tokens or of a page."""
     num_pages, page_size = kv_cache.shape[:2]
     strides = (kv_cache.stride(1), kv_cache.stride(0))
-    return _tensor_map(kv_cache, (page_size, num_pages), strides, min(page_size, 64))
+    return _tensor_map(kv_cache, (page_size, num_pages), strides, min(page_size, 64), columns)
 
 
 def kv_pieces_map(kv_cache: torch.Tensor) -> ctypes.Array:
@@ -183,30 +185,38 @@ def token_pool(kv_cache: torch.Tensor, q: torch.Tensor) -> ctypes.Array:
     return (ctypes.c_uint64 * 16)(*addresses)
 
 
-def query_tensor_map(q: torch.Tensor, rows: int) -> ctypes.Array:
+def query_tensor_map(q: torch.Tensor, rows: int, columns: int = 64) -> ctypes.Array:
     """Tensor map of queries (b, s_q, h_q, 576), contiguous: boxes of ``rows`` of a sequence's rows."""
-    b, s_q, h_q, columns = q.shape
-    return _tensor_map(q, (s_q * h_q, b), (columns, s_q * h_q * columns), rows)
+    b, s_q, h_q, width = q.shape
+    return _tensor_map(q, (s_q * h_q, b), (width, s_q * h_q * width), rows, columns)
 
 
-def flat_query_tensor_map(q: torch.Tensor, rows: int) -> ctypes.Array:
+def flat_query_tensor_map(q: torch.Tensor, rows: int, columns: int = 64) -> ctypes.Array:
     """The same of all sequences' rows end to end, (total_q * h_q, 576) in any shape: of ragged queries."""
-    columns = q.shape[-1]
-    total = q.numel() // columns
-    return _tensor_map(q, (total, 1), (columns, total * columns), rows)
+    width = q.shape[-1]
+    total = q.numel() // width
+    return _tensor_map(q, (total, 1), (width, total * width), rows, columns)
 
 
 def _tensor_map(
-    tensor: torch.Tensor, sizes: tuple[int, int], strides: tuple[int, int], rows: int
+    tensor: torch.Tensor, sizes: tuple[int, int], strides: tuple[int, int], rows: int, columns: int
 ) -> ctypes.Array:
-    """Map of (576 columns, *sizes), strides in elements: boxes of 64 columns x ``rows``, 128-byte swizzle."""
-    return tensor_map(tensor.data_ptr(), tensor.dtype, (tensor.shape[-1], *sizes), strides, rows)
+    """Map of (576 columns, *sizes), strides in elements: boxes of ``columns`` x ``rows``."""
+    sizes = (tensor.shape[-1], *sizes)
+    return tensor_map(tensor.data_ptr(), tensor.dtype, sizes, strides, rows, columns=columns)
 
 
 def tensor_map(
-    address: int, dtype: torch.dtype, sizes: tuple[int, ...], strides: tuple[int, ...], *box: int
+    address: int,
+    dtype: torch.dtype,
+    sizes: tuple[int, ...],
+    strides: tuple[int, ...],
+    *box: int,
+    columns: int = 64,
 ) -> ctypes.Array:
-    """Tensor map of 16-bit elements at ``address``: boxes of 64 columns x ``box``, 128-byte swizzle.
+    """Tensor map of 16-bit elements at ``address``: boxes of ``columns`` x ``box``.
+
+    64 columns, 128-byte swizzle, or 32, 64-byte swizzle.
 
     ``sizes`` from the innermost dimension, whose elements are contiguous; ``strides`` in elements, of the
     others. ``box``: from the second dimension on, 1 where it is left out. Parts of a box outside the tensor
@@ -223,10 +233,10 @@ def tensor_map(
         ctypes.c_void_p(address),
         (ctypes.c_uint64 * rank)(*sizes),
         (ctypes.c_uint64 * (rank - 1))(*(stride * 2 for stride in strides)),
-        (ctypes.c_uint32 * rank)(64, *box, *(1,) * (rank - 1 - len(box))),
+        (ctypes.c_uint32 * rank)(columns, *box, *(1,) * (rank - 1 - len(box))),
         (ctypes.c_uint32 * rank)(*(1,) * rank),
         ctypes.c_int(0),
-        ctypes.c_int(_CU_SWIZZLE_128B),
+        ctypes.c_int(_CU_SWIZZLE_128B if columns == 64 else _CU_SWIZZLE_64B),
         ctypes.c_int(_CU_L2_PROMOTION_128B),
         ctypes.c_int(0),
     )

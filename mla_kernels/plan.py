@@ -12,7 +12,7 @@ from mla_kernels import launch
 from mla_kernels.arguments import HEAD_DIM_V
 from mla_kernels.choice import H200_SMS, Grid, active_table
 from mla_kernels.compiler import KernelConfig
-from mla_kernels.tuning import TILE_TOKENS, DecodeTuning, pages_of
+from mla_kernels.tuning import PAIR_ROWS, TILE_TOKENS, DecodeTuning, Pages, pages_of
 
 # Tensor cores truncate: a score summed in chains of 8 or 9 steps (bf16) comes out 8.5e-8 of itself too
 # small on average, in chains of 4 or 5 (fp16) 4.2e-8 (LSE of 45, H200). A little more than that makes the
@@ -40,15 +40,16 @@ def kernel_config(
     ``variant``: None for what the tuning table says, a tuning, or a building block of the table's kernel:
     "stream", "mma" or "skeleton".
     """
-    tuning, work = _chosen(query_rows, b, pages, ctas, variant)
-    return tuning.kernel_config(_ELEMENT[dtype], work, pages_of(page_size, ragged))
+    come = pages_of(page_size, ragged)
+    tuning, work = _chosen(query_rows, b, pages, ctas, variant, come)
+    return tuning.kernel_config(_ELEMENT[dtype], work, come)
 
 
-def _chosen(query_rows: int, b: int, pages: int, ctas: int, variant) -> tuple[DecodeTuning, str]:
+def _chosen(query_rows: int, b: int, pages: int, ctas: int, variant, come: Pages) -> tuple[DecodeTuning, str]:
     """The tuning, and what of its work is done."""
     if isinstance(variant, DecodeTuning):
         return variant, "decode"
-    return active_table().serving(query_rows, b, pages, ctas), variant or "decode"
+    return active_table().serving(query_rows, b, pages, ctas, come), variant or "decode"
 
 
 def result_shapes(q: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -77,15 +78,16 @@ class DecodePlan:
         self.device = q.device.index
         self.result_shapes = result_shapes(q)
         ctas = launch.sm_count(self.device)
-        tuning, work = _chosen(s_q * h_q, b, -(-max_pages * page_size // TILE_TOKENS), ctas, variant)
         pages = pages_of(page_size, ragged)
+        tuning, work = _chosen(s_q * h_q, b, -(-max_pages * page_size // TILE_TOKENS), ctas, variant, pages)
         tuning, config = tuning.for_pages(pages), tuning.kernel_config(_ELEMENT[q.dtype], work, pages)
         self._pages, rows = pages, tuning.rows
-        grid = Grid.of(rows, s_q * h_q, b, min(ctas, tuning.most_parts))
+        cluster = tuning.cluster_ctas
+        grid = Grid.of(rows, s_q * h_q, b, min(ctas // cluster, tuning.most_parts))
         self._kernel = launch.load(config, "mla_decode", self.device, persistent=True)
-        self._grid = (grid.group, grid.groups)
+        self._grid = (grid.group * cluster, grid.groups)
         self._rows = rows
-        # two PartialSlots a CTA (cuda/parts.cuh)
+        # two PartialSlots a block of rows (cuda/parts.cuh)
         self._room = 2 * grid.group * grid.groups * rows * (HEAD_DIM_V + 4) * 4
         self._maps: tuple[dict, dict] = {}, {}  # of kv_cache and q, by address
         self._mapped = [0, 0]  # whose maps the arguments hold
@@ -127,7 +129,7 @@ class DecodePlan:
             elif kv_address != self._mapped[0]:
                 params.kv_map, params.rotary_map = self._map(0, kv_address, lambda: self._kv_maps(kv_cache))
             if q_address != self._mapped[1]:
-                params.q_map = self._map(1, q_address, lambda: self._query_map(q))
+                params.q_map, params.q_rotary_map = self._map(1, q_address, lambda: self._query_maps(q))
             if cu_seqlens_q is not None:
                 params.cu_seqlens_q = cu_seqlens_q.data_ptr()
             params.out = out.data_ptr()
@@ -139,12 +141,15 @@ class DecodePlan:
 
     def _kv_maps(self, kv_cache) -> tuple[ctypes.Array, ctypes.Array]:
         whole = launch.kv_tensor_map(kv_cache)
+        if self._rows == PAIR_ROWS:
+            return whole, launch.kv_tensor_map(kv_cache, columns=32)
         return launch.kv_pieces_map(kv_cache) if self._pages == "pieces" else whole, whole
 
-    def _query_map(self, q) -> ctypes.Array:
+    def _query_maps(self, q) -> tuple[ctypes.Array, ctypes.Array]:
         tiles = self._pages.startswith("tiles")
         encode = launch.query_tensor_map if tiles else launch.flat_query_tensor_map
-        return encode(q, self._rows)
+        whole = encode(q, min(self._rows, TILE_TOKENS))
+        return whole, encode(q, TILE_TOKENS, columns=32) if self._rows == PAIR_ROWS else whole
 
     def _map(self, which: int, address: int, encode):
         maps = self._maps[which]

@@ -9,6 +9,7 @@ from typing import Literal
 from .compiler import KernelConfig
 
 ROWS = (8, 16, 32, 64)  # query rows a CTA: decode_swapped.cu, the last decode_rows.cu
+PAIR_ROWS = 128  # of a pair of CTAs: decode_pair.cu, which no table that ships names yet
 WORK = {"decode": 0, "stream": 1, "mma": 2, "skeleton": 3}  # enum class Work of cuda/producer.cuh
 
 # How pages come into tiles of 64 tokens, and MLA_PAGE_SIZE of cuda/layout.cuh: pages of 64 are tiles, larger
@@ -22,12 +23,14 @@ PAGE_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 TILE_TOKENS = 64
 BOX_BYTES, BOXES, GROUP_BOXES, GROUPS, STEPS_PER_BOX = 8192, 9, 4, 2, 4
 WARPGROUP, WARPGROUPS = 128, 4  # values, values, scores, producer
+PAIR_WARPGROUPS = 3  # of 128 rows: two that attend, producer
 SHARED_LIMIT = 227 * 1024  # bytes that a block may have
 REGISTER_LIMIT = 65536 // WARPGROUP  # of a thread of each warpgroup, added up
 LEAST_REGISTERS, MOST_REGISTERS = 24, 240
 ENTRY_REGISTERS = (
     REGISTER_LIMIT // WARPGROUPS
 )  # a thread at launch; values ask for more, the producer for less
+PAIR_ENTRY_REGISTERS = REGISTER_LIMIT // PAIR_WARPGROUPS // 8 * 8  # likewise
 
 
 def pages_of(page_size: int, ragged: bool) -> Pages:
@@ -54,14 +57,16 @@ class DecodeTuning:
     """One variant of the decode kernel. Raises TuningError for values with which it would not run.
 
     Args:
-        rows: query rows a CTA; 64 is ``decode_rows.cu``, fewer ``decode_swapped.cu``.
+        rows: query rows a CTA; 64 is ``decode_rows.cu``, fewer ``decode_swapped.cu``, 128 a pair of CTAs
+            (``decode_pair.cu``).
         group_slots: groups of four boxes (64 tokens x 256 columns) that the ring of tiles holds.
-        rotary_slots: boxes of rotary columns in it, which P takes the place of.
+        rotary_slots: boxes of rotary columns in it, which P takes the place of. Of 128 rows half boxes.
         value_registers, score_registers, producer_registers: of a thread of those warpgroups.
         item_units: what an item costs besides its tiles, in tiles, for the schedule.
         min_tiles: of a share, before an item is split further.
         align_percent: by how much a share may grow so that its ends fall on those of items of equal length.
-        register_steps: 64 rows: of the 36 steps of QK^T those whose queries stay in registers.
+        register_steps: 64 rows: of the 36 steps of QK^T those whose queries stay in registers. 128 rows: of
+            the 18 in each CTA.
         ahead_boxes: 64 rows: boxes of a tile that are multiplied under the softmax of the tile before.
         programmatic: start before the kernel ahead in the stream has ended (it waits by itself).
     """
@@ -84,15 +89,18 @@ class DecodeTuning:
             value, wanted = getattr(self, field.name), bool if field.type == "bool" else int
             if type(value) is not wanted:
                 raise TuningError(f"{field.name} is {value!r}, must be of type {wanted.__name__}: correct it")
-        require(self.rows in ROWS, "rows", self.rows, f"one of {', '.join(map(str, ROWS))}", "choose one")
+        require(self.rows in (*ROWS, PAIR_ROWS), "rows", self.rows, f"one of {_ALL_ROWS}", "choose one")
         require(
             self.item_units >= 1, "item_units", self.item_units, "at least 1", "empty requests need a unit"
         )
         require(self.min_tiles >= 1, "min_tiles", self.min_tiles, "at least 1", "a share has a tile")
         fits = 0 <= self.align_percent <= 100
         require(fits, "align_percent", self.align_percent, "in [0, 100]", "shares may at most double")
-        self._check_registers()
-        self._check_ring()
+        if self.rows == PAIR_ROWS:
+            self._check_pair()
+        else:
+            self._check_registers()
+            self._check_ring()
         if self.shared_bytes > SHARED_LIMIT:
             parts = ", ".join(f"{name} {size:,}" for name, size in self.shared_plan())
             raise TuningError(
@@ -118,6 +126,37 @@ class DecodeTuning:
             f"at most {REGISTER_LIMIT}, what a block of {self.threads} threads may have",
             "take from one of them",
         )
+
+    def _check_pair(self) -> None:
+        for name, least, most in (
+            ("value_registers", PAIR_ENTRY_REGISTERS, MOST_REGISTERS),
+            ("producer_registers", LEAST_REGISTERS, PAIR_ENTRY_REGISTERS),
+        ):
+            value = getattr(self, name)
+            fits = value % 8 == 0 and least <= value <= most
+            require(fits, name, value, f"a multiple of 8 in [{least}, {most}]", "setmaxnreg takes no other")
+        total, most = (
+            2 * self.value_registers + self.producer_registers,
+            PAIR_WARPGROUPS * PAIR_ENTRY_REGISTERS,
+        )
+        require(
+            total <= most,
+            "2 value_registers + producer_registers",
+            total,
+            f"at most {most}, what a block of {self.threads} threads may have",
+            "take from one of them",
+        )
+        for name in ("score_registers", "ahead_boxes"):
+            value = getattr(self, name)
+            require(value == 0, name, value, f"0 for {self.rows} rows", "decode_pair.cu does not read it")
+        slots = self.rotary_slots
+        require(
+            slots == self.group_slots, "rotary_slots", slots, "group_slots", "a tile has one of each there"
+        )
+        require(slots >= 3, "group_slots", slots, "at least 3", "three tiles are in use at a time")
+        steps = self.register_steps
+        fits = steps % STEPS_PER_BOX == 0 and STEPS_PER_BOX <= steps < GROUP_BOXES * STEPS_PER_BOX
+        require(fits, "register_steps", steps, "4, 8 or 12", "take whole boxes")
 
     def _check_ring(self) -> None:
         require(self.rotary_slots >= 2, "rotary_slots", self.rotary_slots, "at least 2", "else it hangs")
@@ -148,18 +187,31 @@ class DecodeTuning:
     @property
     def most_parts(self) -> int:
         """Of an item, so that a unit of each and its rows' stats have room in the ring (cuda/merge.cuh)."""
+        if self.rows == PAIR_ROWS:
+            return self.group_slots * PAIR_TILE_BYTES // (512 + 32 * 12)
         ring = (self.group_slots * GROUP_BOXES + self.rotary_slots) * BOX_BYTES
         runs, rows = (2, 32) if self.rows == 64 else (1, self.rows)  # a slice is of two warps at most
         return ring // (runs * 512 + rows * 12)
 
     @property
+    def cluster_ctas(self) -> int:
+        """CTAs that share a block of rows."""
+        return 2 if self.rows == PAIR_ROWS else 1
+
+    def serves(self, pages: Pages) -> bool:
+        """Whether it takes pages that come so."""
+        return self.rows != PAIR_ROWS or pages.startswith("tiles")
+
+    @property
     def threads(self) -> int:
         """Of a block."""
-        return WARPGROUP * WARPGROUPS
+        return WARPGROUP * (PAIR_WARPGROUPS if self.rows == PAIR_ROWS else WARPGROUPS)
 
     @property
     def query_boxes(self) -> int:
-        """Boxes of queries that are kept in shared memory."""
+        """Boxes of queries kept in shared memory; of 128 rows, for each 64 of them, and half a box."""
+        if self.rows == PAIR_ROWS:
+            return GROUP_BOXES - self.register_steps // STEPS_PER_BOX
         return BOXES - self.register_steps // STEPS_PER_BOX
 
     @property
@@ -169,6 +221,8 @@ class DecodeTuning:
 
     def shared_plan(self) -> tuple[tuple[str, int], ...]:
         """(what, bytes) of ``SharedMemory`` in cuda/decode_*.cu, padding with the last."""
+        if self.rows == PAIR_ROWS:
+            return self._shared_plan_of_pair()
         values = self.group_slots * GROUP_BOXES * BOX_BYTES
         rotary = self.rotary_slots * BOX_BYTES
         barriers = 8 * (self.group_slots * (GROUP_BOXES + 1) + 3 * self.rotary_slots)
@@ -192,6 +246,24 @@ class DecodeTuning:
             ("the rest", rest),
         )
 
+    def _shared_plan_of_pair(self) -> tuple[tuple[str, int], ...]:
+        queries = 2 * (self.query_boxes * BOX_BYTES + BOX_BYTES // 2)
+        values, rotary = self.group_slots * GROUP_BOXES * BOX_BYTES, self.rotary_slots * BOX_BYTES // 2
+        ring = 2 * 8 * self.group_slots
+        messages = 2 * WARPGROUP * (64 + 32)  # partial scores, then P, of each thread that attends
+        barriers, again = 2 * 8 * 8, 8
+        queue = _up(3 * _WORK_ITEM, 8) + 6 * 8 + _WORK_ITEM
+        schedule = 32 * _WORK_RANGE
+        rest = _up(ring, 16) + again + barriers + queue + schedule
+        rest = _up(rest, 16)
+        return (
+            ("values", values),
+            ("rotary columns", rotary),
+            ("queries", queries),
+            ("messages", messages),
+            ("the rest", rest),
+        )
+
     def kernel_config(
         self, element: Literal["bf16", "fp16"], work: str = "decode", pages: Pages = "tiles"
     ) -> KernelConfig:
@@ -206,7 +278,7 @@ class DecodeTuning:
             )
             name = f"{self.kernel_config(element, work).name}-{pages}"
             return dataclasses.replace(built, defines=defines, name=name)
-        source = "decode_rows.cu" if self.rows == 64 else "decode_swapped.cu"
+        source = {64: "decode_rows.cu", PAIR_ROWS: "decode_pair.cu"}.get(self.rows, "decode_swapped.cu")
         defines = (
             ("MLA_BF16", int(element == "bf16")),
             ("MLA_ROWS", self.rows),
@@ -238,6 +310,9 @@ class DecodeTuning:
         of a rotary box of the ring, not of a group: with 2 tiles instead of 2 1/2 pages of 32 took 450 us
         instead of 278 (scratch, one H100, h_q 128, b 128, kv 4096).
         """
+        require(
+            self.serves(pages), f"rows for pages in {pages}", self.rows, "at most 64", "take another variant"
+        )
         wanted = loader_registers(pages, self.rows)
         if wanted == 0:
             return self
@@ -278,12 +353,17 @@ class DecodeTuning:
                 )
             changes[name] = kinds[name](int(value))
         rows = changes.get("rows")
-        require(rows in ROWS, f"rows of {text!r}", rows, f"one of {', '.join(map(str, ROWS))}", "name them")
+        require(rows in VARIANTS, f"rows of {text!r}", rows, f"one of {_ALL_ROWS}", "name them")
         return dataclasses.replace(VARIANTS[rows], **changes)
 
 
-# sizeof(WorkItem) of cuda/schedule.cuh (tests/test_tuning.py compares).
-_WORK_ITEM = 48
+# Of a CTA of a pair: half the columns of 64 tokens.
+PAIR_TILE_BYTES = GROUP_BOXES * BOX_BYTES + BOX_BYTES // 2
+
+_ALL_ROWS = ", ".join(map(str, (*ROWS, PAIR_ROWS)))
+
+# sizeof(WorkItem) and WorkRange of cuda/schedule.cuh (tests/test_tuning.py compares).
+_WORK_ITEM, _WORK_RANGE = 48, 48
 
 
 def _up(size: int, alignment: int) -> int:
@@ -304,5 +384,6 @@ VARIANTS = {
         DecodeTuning(16, 5, 4, value_registers=136, score_registers=208),
         DecodeTuning(32, 5, 3, value_registers=136, score_registers=208),
         DecodeTuning(64, 5, 3, 160, 160, item_units=3, register_steps=16, ahead_boxes=2),
+        DecodeTuning(128, 4, 4, 240, 0, producer_registers=24, item_units=3, register_steps=4),
     )
 }

@@ -5,6 +5,7 @@ import os
 import pytest
 
 from mla_kernels import append, chunk_steps, compiler, decode, plan
+from mla_kernels.tuning import PAGES, PAIR_ROWS, VARIANTS
 
 BLOCKS = ("stream", "mma", "skeleton")
 # A tile's groups and its rotary box; queries by themselves, or as a tile of their own.
@@ -25,6 +26,29 @@ def test_shipped_kernel(config):
     loads = {0: IN_PIECES, 1: QUERY_LOADS}.get(dict(config.defines)["MLA_PAGE_SIZE"], TMA_LOADS)
     assert report.utmaldg == loads[config.source]
     assert report.registers <= 128, "512 threads leave 128 registers each at launch"
+    assert report.shared_bytes <= 228 * 1024
+    assert "C75" not in kernel.log, f"ptxas serialized WGMMA or ignored setmaxnreg: {kernel.log}"
+
+
+PAIR = VARIANTS[PAIR_ROWS]  # no table that ships names it, yet
+PAIRS = [
+    PAIR.kernel_config(element, pages=pages)
+    for pages in PAGES
+    if PAIR.serves(pages)
+    for element in ("bf16", "fp16")
+]
+PAIR_BLOCKS = [PAIR.kernel_config("bf16", work) for work in BLOCKS]
+
+
+@pytest.mark.parametrize("config", [*PAIRS, *PAIR_BLOCKS], ids=lambda config: config.name)
+def test_pair_of_ctas(config):
+    kernel = compiler.compile_kernel(config)
+    report = compiler.resource_report(kernel)
+    assert (report.stack_bytes, report.local_loads, report.local_stores) == (0, 0, 0)
+    work = dict(config.defines)["MLA_WORK"]
+    assert (report.hgmma > 0) == (work != 1)
+    assert report.utmaldg == (0 if work == 2 else 2 * 5), "tiles and queries: four boxes and half a box each"
+    assert report.registers == 168, "384 threads leave so many each at launch"
     assert report.shared_bytes <= 228 * 1024
     assert "C75" not in kernel.log, f"ptxas serialized WGMMA or ignored setmaxnreg: {kernel.log}"
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mla_kernels import compiler, tuning
-from mla_kernels.tuning import ROWS, VARIANTS, DecodeTuning, TuningError
+from mla_kernels.tuning import PAIR_ROWS, ROWS, VARIANTS, DecodeTuning, TuningError
 
 OF_64 = VARIANTS[64]
 
@@ -47,6 +47,13 @@ def replaced(of_rows=64, **changes):
         (8, {"align_percent": 101}, r"align_percent is 101, must be in \[0, 100\]"),
         (64, {"ahead_boxes": 2.0}, r"ahead_boxes is 2\.0, must be of type int"),
         (64, {"programmatic": 1}, r"programmatic is 1, must be of type bool"),
+        (128, {"value_registers": 248}, r"value_registers is 248, must be a multiple of 8 in \[168, 240\]"),
+        (128, {"producer_registers": 32}, r"is 512, must be at most 504, .* 384 threads .*: take from one"),
+        (128, {"score_registers": 160}, r"score_registers is 160, must be 0 for 128 rows"),
+        (128, {"group_slots": 3}, r"rotary_slots is 4, must be group_slots"),
+        (128, {"group_slots": 2, "rotary_slots": 2}, r"group_slots is 2, must be at least 3"),
+        (128, {"register_steps": 0}, r"register_steps is 0, must be 4, 8 or 12"),
+        (128, {"group_slots": 5, "rotary_slots": 5}, r"shared memory is"),
     ],
 )
 def test_what_cannot_run_is_refused(rows, changes, message):
@@ -99,8 +106,11 @@ def test_more_slots_take_more_memory(fields, name):
     assert more.shared_bytes >= less.shared_bytes + tuning.BOX_BYTES
 
 
-@pytest.mark.parametrize("changes", [{}, {"rotary_slots": 4, "group_slots": 4}], ids=["shipped", "other"])
-@pytest.mark.parametrize("rows", ROWS)
+OTHERS = [(rows, {"rotary_slots": 4, "group_slots": 4}) for rows in ROWS]
+OTHERS.append((PAIR_ROWS, {"register_steps": 8}))
+
+
+@pytest.mark.parametrize(("rows", "changes"), [*((rows, {}) for rows in VARIANTS), *OTHERS])
 def test_the_plan_of_shared_memory_is_the_kernels(rows, changes):
     """The compiler's sizeof(SharedMemory), which it names in an error, is what the plan adds up to."""
     from cuda.bindings import nvrtc
@@ -117,7 +127,7 @@ def test_the_plan_of_shared_memory_is_the_kernels(rows, changes):
     assert sizes == {str(made.shared_bytes)}, f"tuning.shared_plan is not SharedMemory: {log.decode()[:600]}"
 
 
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("rows", VARIANTS)
 def test_macros_name_every_choice_that_a_cubin_has(rows):
     made = VARIANTS[rows]
     macros = dict(made.kernel_config("bf16").defines)
@@ -157,7 +167,7 @@ def test_a_wrong_name_is_refused(text):
 
 
 def test_what_ships_has_every_number_of_rows():
-    assert {rows: made.rows for rows, made in VARIANTS.items()} == {rows: rows for rows in ROWS}
+    assert {rows: made.rows for rows, made in VARIANTS.items()} == {n: n for n in (*ROWS, PAIR_ROWS)}
 
 
 @pytest.mark.parametrize("tuning", VARIANTS.values(), ids=lambda tuning: f"{tuning.rows} rows")
@@ -179,6 +189,13 @@ def test_each_page_size_has_its_way_into_tiles():
     assert ways[64] == "tiles" and ways[128] == "tiles128" and ways[256] == "tiles256"
     assert {ways[size] for size in (8, 16, 32)} == {"pieces"} and {ways[s] for s in (1, 2, 4)} == {"tokens"}
     assert {tuning.pages_of(size, ragged=True) for size in tuning.PAGE_SIZES} == {"pieces", "tokens"}
+
+
+def test_pairs_take_pages_that_are_tiles_alone():
+    pair = VARIANTS[PAIR_ROWS]
+    assert [pages for pages in tuning.PAGES if pair.serves(pages)] == ["tiles", "tiles128", "tiles256"]
+    with pytest.raises(TuningError, match="rows for pages in pieces is 128, must be at most 64"):
+        pair.kernel_config("bf16", pages="pieces")
 
 
 @pytest.mark.parametrize("rows", ROWS)

@@ -97,8 +97,9 @@ def _serving(point: Point, sms: int) -> str:
     """Name of the kernel that serves a point's workload."""
     workload = point.workload
     pages = -(-table_width(workload) * workload.page_size // TILE_TOKENS)
-    tuning = SHIPPED.serving(query_rows(workload), workload.b, pages, sms)
-    return tuning.kernel_config(workload.dtype, pages=pages_of(workload.page_size, ragged=False)).name
+    come = pages_of(workload.page_size, ragged=False)
+    tuning = SHIPPED.serving(query_rows(workload), workload.b, pages, sms, come)
+    return tuning.kernel_config(workload.dtype, pages=come).name
 
 
 def record_files(data: Path = DATA) -> list[Path]:
