@@ -12,7 +12,7 @@ import json
 import os
 from dataclasses import dataclass
 
-from .tuning import VARIANTS, DecodeTuning, Pages, TuningError, require
+from .tuning import PAGES, VARIANTS, DecodeTuning, Pages, TuningError, require
 
 VARIABLE = "MLA_KERNELS_TUNING"
 H200_SMS = 132
@@ -123,6 +123,10 @@ class TuningTable:
         rows = [tuning.rows for tuning in self.variants]
         if not rows or rows != sorted(set(rows)):
             raise TuningError(f"rows of a table are {rows}, must ascend: give each variant once")
+        if not all(any(tuning.serves(pages) for tuning in self.variants) for pages in PAGES):
+            raise TuningError(
+                f"rows of a table are {rows}, must be 64 or less in one: others do not take small pages"
+            )
 
     @property
     def variants(self) -> tuple[DecodeTuning, ...]:

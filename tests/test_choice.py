@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mla_kernels import choice, decode, plan
 from mla_kernels.choice import SHIPPED, Cost, Share, TuningTable, group_size
-from mla_kernels.tuning import ROWS, VARIANTS, TuningError
+from mla_kernels.tuning import PAGES, ROWS, VARIANTS, TuningError
 
 COST = Cost(5.0, 1.0, 3.0)
 SMS = 132
@@ -223,6 +223,22 @@ def test_every_call_is_served_by_the_cheapest(query_rows, b, pages, ctas):
 def test_a_table_whose_rows_do_not_ascend_is_refused(rows):
     with pytest.raises(TuningError, match=r"rows of a table are \[.*\], must ascend: give each variant once"):
         TuningTable(tuple((COST, VARIANTS[n]) for n in rows))
+
+
+def test_a_table_of_pairs_alone_is_refused():
+    """Pages under 64 tokens and ragged queries would find no variant."""
+    with pytest.raises(TuningError, match=r"rows of a table are \[128\], must be 64 or less in one"):
+        TuningTable(((COST, VARIANTS[128]),))
+
+
+def test_pairs_serve_pages_that_are_tiles_where_a_table_has_them():
+    slow, fast = Cost(9.0, 4.0, 9.0), Cost(9.0, 0.1, 9.0)
+    table = TuningTable(((slow, VARIANTS[64]), (fast, VARIANTS[128])))
+    assert TuningTable.from_json(json.loads(json.dumps(table.to_json()))) == table
+    served = {pages: table.serving(128, 64, 256, come=pages).rows for pages in PAGES}
+    assert served == {"tiles": 128, "tiles128": 128, "tiles256": 128, "pieces": 64, "tokens": 64}
+    # two of a launch's 132 CTAs to 128 rows: 66 shares of 64 * 256 tiles
+    assert Share.of(VARIANTS[128], 128, 66, 256, 132) == Share(256, split=False)
 
 
 def test_a_table_has_its_variants_by_rows():
