@@ -310,8 +310,47 @@ def test_a_users_table_decides_what_is_launched(table_of):
     assert len(decode.shipped_configs()) == 5 * 4  # as many ways of pages
 
 
+@pytest.fixture
+def pairs(monkeypatch):
+    """Sets ``MLA_KERNELS_PAIRS``."""
+
+    def use(value):
+        monkeypatch.delenv("MLA_KERNELS_TUNING", raising=False)
+        monkeypatch.setenv("MLA_KERNELS_PAIRS", value)
+        choice.active_table.cache_clear()
+
+    yield use
+    monkeypatch.undo()
+    choice.active_table.cache_clear()
+
+
+def test_pairs_serve_calls_where_they_are_asked_for(pairs):
+    pairs("1")
+    assert choice.active_table().entries == (*SHIPPED.entries, choice.PAIR)
+    many, few = {"b": 128, "pages": 64}, {"b": 1, "pages": 16}
+    assert plan.kernel_config(torch.bfloat16, 128, **many).name == "decode_pair-bf16-128"
+    assert plan.kernel_config(torch.bfloat16, 128, **many, page_size=16).name == "decode_rows-bf16-64-pieces"
+    assert plan.kernel_config(torch.bfloat16, 128, **many, ragged=True).name == "decode_rows-bf16-64-pieces"
+    assert plan.kernel_config(torch.bfloat16, 64, **many).name == "decode_rows-bf16-64"
+    assert plan.kernel_config(torch.bfloat16, 128, **few).source == "decode_swapped.cu"
+    assert len(decode.shipped_configs()) == 5 * 4 * 2 + 3 * 2
+    pairs("0")
+    assert choice.active_table() is SHIPPED
+    pairs("yes")
+    with pytest.raises(TuningError, match="MLA_KERNELS_PAIRS is 'yes', must be 0 or 1"):
+        choice.active_table()
+
+
+def test_a_users_table_keeps_its_own_pairs(table_of, monkeypatch):
+    own = TuningTable(((COST, VARIANTS[64]), (Cost(1.0, 1.0, 1.0), VARIANTS[128])))
+    monkeypatch.setenv("MLA_KERNELS_PAIRS", "1")
+    table_of(own)
+    assert choice.active_table() == own
+
+
 def test_without_one_the_shipped_table_is_used(monkeypatch):
     monkeypatch.delenv("MLA_KERNELS_TUNING", raising=False)
+    monkeypatch.delenv("MLA_KERNELS_PAIRS", raising=False)
     choice.active_table.cache_clear()
     assert choice.active_table() is SHIPPED
 
