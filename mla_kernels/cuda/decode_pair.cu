@@ -252,7 +252,8 @@ struct Attention : PairProducts {
                 sync_rows();
                 done = !is(read_again(), ordinal);
             } else {
-                add_received_scores(x);  // they are of no use
+                add_received_scores(x);  // they are of no use,
+                acknowledge();           // and others follow
                 --tile, --ordinal;
             }
             if (!done) {
@@ -289,17 +290,21 @@ struct Attention : PairProducts {
         const float weight[2] = {inverse_sum(n), inverse_sum(kSoftmax ? exchanged(n) : n)};
         write_out<kRows>(p, w, *this, weight);
     }
-    // What the other CTA's thread gives. The empty message that follows says that this has been read.
+    // What the other CTA's thread gives.
     __device__ __forceinline__ float exchanged(float value) {
         float s[kTileTokens / 2] = {}, x[kScores];
-        u32 none[kScores / 2];
         s[2] = value;
         send_scores(s, x);
         add_received_scores(x);
+        acknowledge();
+        return x[0];
+    }
+    // Where scores follow on scores: that these have been read, by both.
+    __device__ __forceinline__ void acknowledge() {
+        u32 none[kScores / 2];
         send_p(0, 0, 0, 0, 0);
         send_p(1, 0, 0, 0, 0);
         receive_p(none);
-        return x[0];
     }
 };
 

@@ -13,6 +13,7 @@
 #define mbarrier_wait ptx_mbarrier_wait
 #define fence_barrier_init ptx_fence_barrier_init
 #define named_barrier_sync ptx_named_barrier_sync
+#define named_barrier_arrive ptx_named_barrier_arrive
 #define tma_load_3d ptx_tma_load_3d
 #define tma_load_5d ptx_tma_load_5d
 #define copy_async ptx_copy_async
@@ -36,6 +37,7 @@
 #undef mbarrier_wait
 #undef fence_barrier_init
 #undef named_barrier_sync
+#undef named_barrier_arrive
 #undef tma_load_3d
 #undef tma_load_5d
 #undef copy_async
@@ -114,14 +116,20 @@ static void mbarrier_wait(u64* barrier, u32 parity) {
 
 static struct {
     u32 threads, meetings;
-} named[3];
+} named[2][8];  // by CTA
 
-static void named_barrier_sync(u32 id, u32 threads) {
-    auto& barrier = named[id];
+static u32 come_to(u32 id, u32 threads) {
+    auto& barrier = named[cta][id];
     const u32 meeting = barrier.meetings;
     if (++barrier.threads == threads) barrier.threads = 0, ++barrier.meetings, ++progress;
+    return meeting;
+}
+static void named_barrier_sync(u32 id, u32 threads) {
+    const u32 meeting = come_to(id, threads);
+    const auto& barrier = named[cta][id];
     wait_until([&] { return barrier.meetings != meeting; });
 }
+static void named_barrier_arrive(u32 id, u32 threads) { come_to(id, threads); }
 static void __syncthreads();
 
 // ---- copies by TMA -----------------------------------------------------------------------------------------------

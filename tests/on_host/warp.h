@@ -35,6 +35,7 @@ inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline unsigned __float_as_uint(float value) { return __builtin_bit_cast(unsigned, value); }
 inline float __uint_as_float(unsigned bits) { return __builtin_bit_cast(float, bits); }
 inline size_t __cvta_generic_to_shared(const void* pointer) { return reinterpret_cast<size_t>(pointer); }
 inline int __ffs(unsigned mask) { return __builtin_ffs(static_cast<int>(mask)); }
@@ -47,6 +48,7 @@ inline float __fdividef(float a, float b) {
 }
 
 inline Index threadIdx, blockIdx, gridDim;
+inline unsigned cta_threads = 1024, cta;  // of a CTA, and which of a cluster's runs
 
 // ---- fibers: each is a thread, and runs until it pauses; whoever drives them decides who is next -----------------
 struct Warp;
@@ -56,7 +58,7 @@ struct Fiber {
     std::vector<char> stack = std::vector<char>(1 << 16);
     std::function<void()> body;
     Warp* warp;
-    unsigned thread;  // threadIdx.x
+    unsigned thread;  // threadIdx.x, and on through the cluster
     unsigned meetings = 0;
     bool begun = false, finished = true;
     bool (*holds)(const void* condition) = nullptr;  // what it waits for
@@ -116,7 +118,7 @@ inline void start(Warp& warp, unsigned thread, const std::function<void()>& body
 [[gnu::noipa]] inline bool run(Fiber& fiber) {  // false: it cannot go on
     if (fiber.finished || (fiber.holds && !fiber.holds(fiber.condition))) return false;
     running = &fiber;
-    threadIdx.x = fiber.thread;
+    threadIdx.x = fiber.thread % cta_threads, cta = fiber.thread / cta_threads;
     if (_setjmp(driver) != 0) return true;
     if (fiber.begun) _longjmp(fiber.paused, 1);
     fiber.begun = true;
@@ -158,6 +160,13 @@ inline unsigned __ballot_sync(unsigned, bool vote) {
     unsigned mask = 0;
     for (int i = 0; i < 32; ++i) mask |= static_cast<unsigned>(values[i] != 0) << i;
     return mask;
+}
+inline bool __any_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vote) != 0; }
+inline unsigned __reduce_or_sync(unsigned, unsigned value) {
+    const int* values = meet(static_cast<int>(value));
+    unsigned all = 0;
+    for (int i = 0; i < 32; ++i) all |= static_cast<unsigned>(values[i]);
+    return all;
 }
 inline int __reduce_min_sync(unsigned, int value) {
     const int* values = meet(value);

@@ -1,0 +1,107 @@
+"""How two CTAs of decode_pair.cu attend together: its code on the CPU, messages and loads at their worst."""
+
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from mla_kernels.compiler import CUDA_DIR
+from mla_kernels.tuning import PAIR_ROWS, VARIANTS
+
+HOST = Path(__file__).parent / "on_host"
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to run the CTAs on the CPU")
+
+
+def build(folder: Path, headers: Path = CUDA_DIR) -> Path:
+    """The simulator of the shipped variant in bf16, of the kernel in ``headers``."""
+    macros = [f"-D{name}={value}" for name, value in VARIANTS[PAIR_ROWS].kernel_config("bf16").defines]
+    command = ["g++", "-std=c++17", "-O1", "-w", f"-I{headers}", f"-I{HOST}", *macros]
+    binary = folder / "pair"
+    subprocess.run([*command, "-o", binary, HOST / "pair.cpp"], check=True, capture_output=True, timeout=120)
+    return binary
+
+
+def play(pair: Path, cases: int, seed: int) -> str:
+    """What the simulator says."""
+    played = subprocess.run([pair, str(seed), str(cases)], capture_output=True, text=True, timeout=240)
+    return played.stdout.strip()
+
+
+def test_both_attend_to_the_scores_that_they_share(tmp_path: Path) -> None:
+    """Scores that move references, and large ones, for which tiles are done again, in half of the cases."""
+    pair = build(tmp_path)
+    assert [play(pair, cases=250, seed=seed) for seed in (1, 2, 3, 4)] == ["ok"] * 4
+
+
+DEADLOCK = "nothing moves: a deadlock"
+WRONG, WRONG_LSE = "a result is not that of its scores", "an LSE is not that of its scores"
+OVERWRITTEN = "a tile was overwritten under a product"
+NO_TILE = "an operand is no tile"
+TOO_MANY = "an arrival too many in a phase: the hardware raises an illegal instruction"
+NOT_WAITED = "a message was never waited for"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Text of one of the sources replaced, and what the simulator may then complain of."""
+
+    before: str
+    after: str
+    complaints: tuple[str, ...]
+
+
+FAULTS = {
+    "scores follow on scores that are of no use": Fault(
+        "                acknowledge();           // and others follow\n", "", (DEADLOCK, WRONG, WRONG_LSE)
+    ),
+    "scores follow on sums": Fault(
+        "        acknowledge();\n        return x[0];", "        return x[0];", (DEADLOCK, WRONG, WRONG_LSE)
+    ),
+    "a tile is free while a warp reads it": Fault(
+        "mbarrier_init(&empty[i], kMergeThreads / 32)",
+        "mbarrier_init(&empty[i], kMergeThreads / 32 - 1)",
+        (TOO_MANY, OVERWRITTEN, NO_TILE, WRONG, WRONG_LSE, DEADLOCK),
+    ),
+    "a tile is given back before it was multiplied": Fault(
+        "        wgmma_wait<0>();\n        if constexpr (kNext) wgmma_fence_operands(s);\n",
+        "        if constexpr (kPrevious) smem.ring.release(ordinal - 1);\n        wgmma_wait<0>();\n"
+        "        if constexpr (kPrevious) return;\n",
+        (OVERWRITTEN, NO_TILE),
+    ),
+    "what the other CTA's reference did is not followed": Fault(
+        "by_other |= (other[i] >> 15 & 1) << i, ", "", (WRONG,)
+    ),
+    "signs stay in the probabilities": Fault("other[i] &= ~kSigns;", "other[i] &= ~0u;", (WRONG,)),
+    "large scores are kept from the other CTA": Fault(
+        "send_p(0, 0, kFlag, 0, 0);", "send_p(0, 0, 0, 0, 0);", (DEADLOCK, WRONG, WRONG_LSE)
+    ),
+    "one warp alone does a tile again": Fault(
+        "smem.again[warpgroup] = ordinal;", "smem.again[warpgroup] = 0;", (WRONG, WRONG_LSE)
+    ),
+    "a tile that is done again counts twice": Fault("l = before[0], n = before[1];", "", (WRONG, WRONG_LSE)),
+    "a turn is taken twice": Fault("if (tile > turns)", "if (tile >= turns)", (DEADLOCK,)),
+    "no turns are taken where tiles are done again": Fault(
+        "if (tile > turns) wait_turn(), give_turn();", "", (DEADLOCK,)
+    ),
+    "the other CTA's rows are taken for one's own": Fault(
+        "Fragment::row(value_thread(), 0)", "Fragment::row(value_thread(), 1)", (WRONG, WRONG_LSE)
+    ),
+    "tokens past the end are seen": Fault("mask(w, tile, x);", ";", (WRONG, WRONG_LSE)),
+    "probabilities are read before they have come": Fault(
+        "        receive(&smem.p_ready[warp], kScores * 2 * 32, p_parity);\n",
+        "",
+        (DEADLOCK, WRONG, NOT_WAITED),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+def test_a_fault_is_seen(fault: Fault, tmp_path: Path) -> None:
+    headers = tmp_path / "cuda"
+    shutil.copytree(CUDA_DIR, headers)
+    [path] = [path for path in headers.iterdir() if fault.before in path.read_text()]
+    path.write_text(path.read_text().replace(fault.before, fault.after))
+    assert play(build(tmp_path, headers), cases=300, seed=1) in fault.complaints
