@@ -129,7 +129,9 @@ class DecodePlan:
             elif kv_address != self._mapped[0]:
                 params.kv_map, params.rotary_map = self._map(0, kv_address, lambda: self._kv_maps(kv_cache))
             if q_address != self._mapped[1]:
-                params.q_map, params.q_rotary_map = self._map(1, q_address, lambda: self._query_maps(q))
+                params.q_map, rotary = self._map(1, q_address, lambda: self._query_maps(q))
+                if rotary is not None:  # a pair's
+                    params.q_rotary_map = rotary
             if cu_seqlens_q is not None:
                 params.cu_seqlens_q = cu_seqlens_q.data_ptr()
             params.out = out.data_ptr()
@@ -145,11 +147,11 @@ class DecodePlan:
             return whole, launch.kv_tensor_map(kv_cache, columns=32)
         return launch.kv_pieces_map(kv_cache) if self._pages == "pieces" else whole, whole
 
-    def _query_maps(self, q) -> tuple[ctypes.Array, ctypes.Array]:
+    def _query_maps(self, q) -> tuple[ctypes.Array, ctypes.Array | None]:
         tiles = self._pages.startswith("tiles")
         encode = launch.query_tensor_map if tiles else launch.flat_query_tensor_map
         whole = encode(q, min(self._rows, TILE_TOKENS))
-        return whole, encode(q, TILE_TOKENS, columns=32) if self._rows == PAIR_ROWS else whole
+        return whole, encode(q, TILE_TOKENS, columns=32) if self._rows == PAIR_ROWS else None
 
     def _map(self, which: int, address: int, encode):
         maps = self._maps[which]
