@@ -27,10 +27,6 @@ PAIR_WARPGROUPS = 3  # of 128 rows: two that attend, producer
 SHARED_LIMIT = 227 * 1024  # bytes that a block may have
 REGISTER_LIMIT = 65536 // WARPGROUP  # of a thread of each warpgroup, added up
 LEAST_REGISTERS, MOST_REGISTERS = 24, 240
-ENTRY_REGISTERS = (
-    REGISTER_LIMIT // WARPGROUPS
-)  # a thread at launch; values ask for more, the producer for less
-PAIR_ENTRY_REGISTERS = REGISTER_LIMIT // PAIR_WARPGROUPS // 8 * 8  # likewise
 
 
 def pages_of(page_size: int, ragged: bool) -> Pages:
@@ -96,10 +92,10 @@ class DecodeTuning:
         require(self.min_tiles >= 1, "min_tiles", self.min_tiles, "at least 1", "a share has a tile")
         fits = 0 <= self.align_percent <= 100
         require(fits, "align_percent", self.align_percent, "in [0, 100]", "shares may at most double")
+        self._check_registers()
         if self.rows == PAIR_ROWS:
-            self._check_pair()
+            self._check_ring_of_pair()
         else:
-            self._check_registers()
             self._check_ring()
         if self.shared_bytes > SHARED_LIMIT:
             parts = ", ".join(f"{name} {size:,}" for name, size in self.shared_plan())
@@ -110,45 +106,35 @@ class DecodeTuning:
             )
 
     def _check_registers(self) -> None:
-        for name, least, most in (
-            ("value_registers", ENTRY_REGISTERS, MOST_REGISTERS),
-            ("score_registers", LEAST_REGISTERS, MOST_REGISTERS),
-            ("producer_registers", LEAST_REGISTERS, ENTRY_REGISTERS),
-        ):
+        at_launch = REGISTER_LIMIT // self.warpgroups // 8 * 8  # values ask for more, the producer for less
+        asked = {  # least and most, and of how many warpgroups
+            "value_registers": (at_launch, MOST_REGISTERS, 2),
+            "score_registers": (LEAST_REGISTERS, MOST_REGISTERS, 1),
+            "producer_registers": (LEAST_REGISTERS, at_launch, 1),
+        }
+        if self.rows == PAIR_ROWS:  # those that attend score, too
+            del asked["score_registers"]
+        for name, (least, most, _) in asked.items():
             value = getattr(self, name)
             fits = value % 8 == 0 and least <= value <= most
             require(fits, name, value, f"a multiple of 8 in [{least}, {most}]", "setmaxnreg takes no other")
-        total = 2 * self.value_registers + self.score_registers + self.producer_registers
-        require(
-            total <= REGISTER_LIMIT,
-            "2 value_registers + score_registers + producer_registers",
-            total,
-            f"at most {REGISTER_LIMIT}, what a block of {self.threads} threads may have",
-            "take from one of them",
-        )
-
-    def _check_pair(self) -> None:
-        for name, least, most in (
-            ("value_registers", PAIR_ENTRY_REGISTERS, MOST_REGISTERS),
-            ("producer_registers", LEAST_REGISTERS, PAIR_ENTRY_REGISTERS),
-        ):
-            value = getattr(self, name)
-            fits = value % 8 == 0 and least <= value <= most
-            require(fits, name, value, f"a multiple of 8 in [{least}, {most}]", "setmaxnreg takes no other")
-        total, most = (
-            2 * self.value_registers + self.producer_registers,
-            PAIR_WARPGROUPS * PAIR_ENTRY_REGISTERS,
-        )
+        total = sum(count * getattr(self, name) for name, (_, _, count) in asked.items())
+        most = self.warpgroups * at_launch
         require(
             total <= most,
-            "2 value_registers + producer_registers",
+            " + ".join(f"{count} {name}" if count > 1 else name for name, (_, _, count) in asked.items()),
             total,
             f"at most {most}, what a block of {self.threads} threads may have",
             "take from one of them",
         )
-        for name in ("score_registers", "ahead_boxes"):
+
+    def _check_not_read(self, *names: str) -> None:
+        for name in names:
             value = getattr(self, name)
-            require(value == 0, name, value, f"0 for {self.rows} rows", "decode_pair.cu does not read it")
+            require(value == 0, name, value, f"0 for {self.rows} rows", f"{self.source} does not read it")
+
+    def _check_ring_of_pair(self) -> None:
+        self._check_not_read("score_registers", "ahead_boxes")
         slots = self.rotary_slots
         require(
             slots == self.group_slots, "rotary_slots", slots, "group_slots", "a tile has one of each there"
@@ -161,11 +147,7 @@ class DecodeTuning:
     def _check_ring(self) -> None:
         require(self.rotary_slots >= 2, "rotary_slots", self.rotary_slots, "at least 2", "else it hangs")
         if self.rows != 64:
-            for name in ("register_steps", "ahead_boxes"):
-                value = getattr(self, name)
-                require(
-                    value == 0, name, value, f"0 for {self.rows} rows", "decode_swapped.cu does not read it"
-                )
+            self._check_not_read("register_steps", "ahead_boxes")
         else:
             most = BOXES * STEPS_PER_BOX - 1
             fits = 1 <= self.register_steps <= most
@@ -203,9 +185,19 @@ class DecodeTuning:
         return self.rows != PAIR_ROWS or pages.startswith("tiles")
 
     @property
+    def source(self) -> str:
+        """The kernel's file."""
+        return {64: "decode_rows.cu", PAIR_ROWS: "decode_pair.cu"}.get(self.rows, "decode_swapped.cu")
+
+    @property
+    def warpgroups(self) -> int:
+        """Of a block."""
+        return PAIR_WARPGROUPS if self.rows == PAIR_ROWS else WARPGROUPS
+
+    @property
     def threads(self) -> int:
         """Of a block."""
-        return WARPGROUP * (PAIR_WARPGROUPS if self.rows == PAIR_ROWS else WARPGROUPS)
+        return WARPGROUP * self.warpgroups
 
     @property
     def query_boxes(self) -> int:
@@ -278,7 +270,6 @@ class DecodeTuning:
             )
             name = f"{self.kernel_config(element, work).name}-{pages}"
             return dataclasses.replace(built, defines=defines, name=name)
-        source = {64: "decode_rows.cu", PAIR_ROWS: "decode_pair.cu"}.get(self.rows, "decode_swapped.cu")
         defines = (
             ("MLA_BF16", int(element == "bf16")),
             ("MLA_ROWS", self.rows),
@@ -296,12 +287,12 @@ class DecodeTuning:
             ("MLA_AHEAD_BOXES", self.ahead_boxes),
             ("MLA_WORK", WORK[work]),
         )
-        name = f"{source.removesuffix('.cu')}-{element}-{self.rows}" + (
+        name = f"{self.source.removesuffix('.cu')}-{element}-{self.rows}" + (
             "" if work == "decode" else f"-{work}"
         )
         if compiled := dataclasses.replace(self, programmatic=True).changes():
             name += "+" + compiled.replace(",", "+")
-        return KernelConfig(source, defines, name, SHARED_LIMIT, self.threads, self.programmatic)
+        return KernelConfig(self.source, defines, name, SHARED_LIMIT, self.threads, self.programmatic)
 
     def for_pages(self, pages: Pages) -> DecodeTuning:
         """The same where pages are no tiles: their loader wants more registers.
