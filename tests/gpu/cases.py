@@ -3,7 +3,13 @@
 import math
 from dataclasses import dataclass, field
 
+import pytest
 import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from mla_kernels.decode import mla_decode
+from mla_kernels.reference import mla_decode_reference
 
 DEVICE = torch.device("cuda")
 # Relative L2 error of an output and of each sequence in it: a wrong one cannot hide. Rounding p and out to
@@ -15,6 +21,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 LOGIT_SD = {"sd 0.01": 0.01, "sd 1": 1.0, "sd 10": 10.0, "rising": 1.0}
 RISE = 30.0  # "rising": added to the logits from the first token to the last
 GUARD_PAGES = 2
+
+by_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+by_mask = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 
 
 @dataclass(frozen=True)
@@ -144,6 +153,52 @@ class ErrorLog:
             f"{len(bad)} of {len(errors)} results over the limits (out {limit:.0e}, lse {LSE_LIMIT:.0e}); "
             f"{summary}\n" + "\n".join(lines[:60])
         )
+
+
+def decode_into_poison(case: Case, decode=mla_decode, **options) -> tuple[torch.Tensor, torch.Tensor]:
+    """``decode``, called as mla_decode is, with out= full of NaN, so that what it does not write shows."""
+    poison = case.q.new_full((*case.q.shape[:3], 512), math.nan)
+    out, lse = decode(*case.tensors(), out=poison, **options)
+    assert out is poison
+    return out, lse
+
+
+def check_cases(
+    cases: dict[str, Case], causal: bool, worst: dict[str, float], decode=mla_decode, **options
+) -> None:
+    """``decode`` against the oracle, by an ErrorLog."""
+    log = ErrorLog(next(iter(cases.values())).q.dtype)
+    for label, case in cases.items():
+        out, lse = decode_into_poison(case, decode, causal=causal, **options)
+        log.add(label, out, lse, *mla_decode_reference(*case.tensors(), causal=causal, **options))
+    log.check(worst)
+
+
+def any_shape(max_examples: int, most_sequences: int, most_s_q: int):
+    """A test of lengths, s_q, h_q, dtype, causal, logits and seed, each drawn."""
+
+    def decorate(test):
+        drawn = given(
+            lengths=st.lists(
+                st.one_of(st.integers(0, 130), st.integers(0, 3000)), min_size=1, max_size=most_sequences
+            ),
+            s_q=st.integers(1, most_s_q),
+            h_q=st.integers(1, 128),
+            dtype=st.sampled_from(list(DTYPES.values())),
+            causal=st.booleans(),
+            logits=st.sampled_from(list(LOGIT_SD)),
+            seed=st.integers(0, 2**31),
+        )
+        limits = settings(
+            max_examples=max_examples,
+            deadline=None,
+            derandomize=True,
+            suppress_health_check=list(HealthCheck),
+            phases=[Phase.generate],  # shrinking may take minutes of GPU time; the examples are small as is
+        )
+        return limits(drawn(test))
+
+    return decorate
 
 
 def _relative(squared_difference: torch.Tensor, squared_norm: torch.Tensor) -> torch.Tensor:

@@ -5,9 +5,8 @@ import torch
 
 from mla_kernels.append import mla_append
 from mla_kernels.reference import mla_append_reference
-from tests.gpu.cases import DTYPES, same_bits
+from tests.gpu.cases import by_dtype, same_bits
 
-by_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 POSITIONS = 5000
 
 

@@ -9,9 +9,8 @@ import torch
 from mla_kernels.chunked_prefill import mla_prefill_paged, result_bytes, workspace_bytes
 from mla_kernels.prefill import mla_prefill
 from mla_kernels.reference import mla_prefill_paged_reference
-from tests.gpu.cases import DTYPES, same_bits
+from tests.gpu.cases import DTYPES, by_dtype, same_bits
 
-by_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 SCALE = 192**-0.5
 BATCH = [5, 300, 0, 64, 257], [700, 300, 90, 1000, 300]  # queries, lengths
 

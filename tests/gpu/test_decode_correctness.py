@@ -1,32 +1,26 @@
 """mla_decode against the fp64 oracle, over the whole grid and past its edges."""
 
-import math
-
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
 
-from mla_kernels.decode import mla_decode
 from mla_kernels.reference import mla_decode_reference
-from tests.gpu.cases import DTYPES, LOGIT_SD, Case, ErrorLog, paged_case
+from tests.gpu.cases import (
+    LOGIT_SD,
+    ErrorLog,
+    any_shape,
+    by_dtype,
+    by_mask,
+    check_cases,
+    decode_into_poison,
+    paged_case,
+)
 
 LENGTHS = [0, 1, 20, 63, 64, 65, 140, 4096]
 BATCHES = [1, 2, 6, 64, 128]
 QUERY_TOKENS = [1, 2, 3, 4]
 HEADS = [1, 3, 8, 9, 16, 24, 63, 64, 96, 126, 128]
 
-by_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-by_mask = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 by_logits = pytest.mark.parametrize("logits", LOGIT_SD)
-
-
-def decode_into_poison(case: Case, **options) -> tuple[torch.Tensor, torch.Tensor]:
-    """mla_decode with out= full of NaN, so that an element it does not write shows."""
-    poison = case.q.new_full((*case.q.shape[:3], 512), math.nan)
-    out, lse = mla_decode(*case.tensors(), out=poison, **options)
-    assert out is poison
-    return out, lse
 
 
 def windows(b: int) -> list[slice]:
@@ -53,14 +47,6 @@ def test_grid(dtype, causal, logits, worst):
                     out, lse = decode_into_poison(whole.part(window, s_q, h_q), causal=causal)
                     label = f"b {b} (from {window.start}) s_q {s_q} h_q {h_q}"
                     log.add(label, out, lse, ref_out[window, :, :h_q], ref_lse[window, :h_q])
-    log.check(worst)
-
-
-def check_cases(cases: dict[str, Case], causal: bool, worst: dict[str, float], **options) -> None:
-    log = ErrorLog(next(iter(cases.values())).q.dtype)
-    for label, case in cases.items():
-        out, lse = decode_into_poison(case, causal=causal, **options)
-        log.add(label, out, lse, *mla_decode_reference(*case.tensors(), causal=causal, **options))
     log.check(worst)
 
 
@@ -109,22 +95,7 @@ def test_softmax_scale(scale, worst):
     check_cases({"scale": paged_case([300, 20], 2, 24, torch.float16)}, True, worst, softmax_scale=scale)
 
 
-@settings(
-    max_examples=150,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=list(HealthCheck),
-    phases=[Phase.generate],  # shrinking may take minutes of GPU time; the examples are small as they are
-)
-@given(
-    lengths=st.lists(st.one_of(st.integers(0, 130), st.integers(0, 3000)), min_size=1, max_size=12),
-    s_q=st.integers(1, 6),
-    h_q=st.integers(1, 128),
-    dtype=st.sampled_from(list(DTYPES.values())),
-    causal=st.booleans(),
-    logits=st.sampled_from(list(LOGIT_SD)),
-    seed=st.integers(0, 2**31),
-)
+@any_shape(max_examples=150, most_sequences=12, most_s_q=6)
 def test_any_shape(worst, lengths, s_q, h_q, dtype, causal, logits, seed):
     case = paged_case(lengths, s_q, h_q, dtype, logits=logits, seed=seed)
     check_cases({f"{lengths} s_q {s_q} h_q {h_q} {logits}": case}, causal, worst)

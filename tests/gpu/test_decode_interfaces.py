@@ -8,11 +8,9 @@ import torch
 from mla_kernels import flash_mla, portable
 from mla_kernels.decode import merge_partials, mla_decode
 from mla_kernels.reference import merge_partials_reference, mla_decode_reference
-from tests.gpu.cases import DTYPES, OUT_LIMIT, ErrorLog, paged_case, same_bits
+from tests.gpu.cases import DTYPES, OUT_LIMIT, ErrorLog, by_dtype, paged_case, same_bits
 
 LENGTHS = [300, 0, 5000, 64, 1]
-
-by_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 
 
 def test_lse_is_optional():

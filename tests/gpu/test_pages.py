@@ -8,14 +8,13 @@ import torch
 from mla_kernels.decode import mla_decode
 from mla_kernels.reference import mla_decode_reference
 from mla_kernels.tuning import PAGE_SIZES
-from tests.gpu.cases import DTYPES, ErrorLog, paged_case, same_bits
+from tests.gpu.cases import ErrorLog, by_dtype, paged_case, same_bits
 
 OTHER_SIZES = [size for size in PAGE_SIZES if size != 64]
 LENGTHS = [0, 1, 7, 8, 63, 64, 65, 140, 255, 256, 1000, 4096]
 SHAPES = [(1, 1), (1, 16), (2, 9), (1, 64), (3, 40), (1, 128)]  # s_q, h_q: every variant of the kernels
 
 by_size = pytest.mark.parametrize("page_size", OTHER_SIZES)
-by_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 
 
 @by_dtype

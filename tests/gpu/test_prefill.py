@@ -10,11 +10,9 @@ from mla_kernels import merge_partials, mla_prefill
 from mla_kernels.prefill import prefill_variant
 from mla_kernels.prefill_reference import mla_prefill_reference
 from mla_kernels.prefill_tuning import HEAD_DIMS, PrefillTuning
-from tests.gpu.cases import DTYPES, same_bits
+from tests.gpu.cases import by_dtype, by_mask, same_bits
 
-by_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 by_dims = pytest.mark.parametrize("dims", HEAD_DIMS, ids=str)
-by_mask = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 LSE_LIMIT = 1e-3  # absolute; of logits that reach hundreds relative
 
 

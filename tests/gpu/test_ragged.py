@@ -8,7 +8,7 @@ import torch
 
 from mla_kernels.decode import mla_decode
 from mla_kernels.reference import mla_decode_reference
-from tests.gpu.cases import DTYPES, Case, ErrorLog, paged_case, same_bits
+from tests.gpu.cases import Case, ErrorLog, by_dtype, paged_case, same_bits
 
 COUNTS = {
     "mixed": [1, 0, 3, 1, 17, 2, 0, 5, 1],
@@ -18,7 +18,6 @@ COUNTS = {
 }
 LENGTHS = [300, 64, 4096, 0, 1000, 65, 128, 2000, 140]
 
-by_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 by_counts = pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
 
 
