@@ -1,33 +1,23 @@
 """How two CTAs of decode_pair.cu attend together: its code on the CPU, messages and loads at their worst."""
 
 import shutil
-import subprocess
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from mla_kernels.compiler import CUDA_DIR
 from mla_kernels.tuning import PAIR_ROWS, VARIANTS
-
-HOST = Path(__file__).parent / "on_host"
+from tests import simulators
+from tests.simulators import DEADLOCK, TOO_MANY, Fault, play
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to run the CTAs on the CPU")
 
 
 def build(folder: Path, headers: Path = CUDA_DIR) -> Path:
     """The simulator of the shipped variant in bf16, of the kernel in ``headers``."""
-    macros = [f"-D{name}={value}" for name, value in VARIANTS[PAIR_ROWS].kernel_config("bf16").defines]
-    command = ["g++", "-std=c++17", "-O1", "-w", f"-I{headers}", f"-I{HOST}", *macros]
-    binary = folder / "pair"
-    subprocess.run([*command, "-o", binary, HOST / "pair.cpp"], check=True, capture_output=True, timeout=120)
-    return binary
-
-
-def play(pair: Path, cases: int, seed: int) -> str:
-    """What the simulator says."""
-    played = subprocess.run([pair, str(seed), str(cases)], capture_output=True, text=True, timeout=240)
-    return played.stdout.strip()
+    return simulators.build(
+        "pair", folder, VARIANTS[PAIR_ROWS].kernel_config("bf16").defines, headers=headers
+    )
 
 
 def test_both_attend_to_the_scores_that_they_share(tmp_path: Path) -> None:
@@ -36,22 +26,10 @@ def test_both_attend_to_the_scores_that_they_share(tmp_path: Path) -> None:
     assert [play(pair, cases=250, seed=seed) for seed in (1, 2, 3, 4)] == ["ok"] * 4
 
 
-DEADLOCK = "nothing moves: a deadlock"
 WRONG, WRONG_LSE = "a result is not that of its scores", "an LSE is not that of its scores"
 OVERWRITTEN = "a tile was overwritten under a product"
 NO_TILE = "an operand is no tile"
-TOO_MANY = "an arrival too many in a phase: the hardware raises an illegal instruction"
 NOT_WAITED = "a message was never waited for"
-
-
-@dataclass(frozen=True)
-class Fault:
-    """Text of one of the sources replaced, and what the simulator may then complain of."""
-
-    before: str
-    after: str
-    complaints: tuple[str, ...]
-
 
 FAULTS = {
     "scores follow on scores that are of no use": Fault(

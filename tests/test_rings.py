@@ -1,7 +1,6 @@
 """How a CTA's warps hand buffers to each other: cuda/*.cuh on the CPU, barriers and copies at their worst."""
 
 import shutil
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,8 +8,9 @@ import pytest
 
 from mla_kernels.choice import active_table
 from mla_kernels.compiler import CUDA_DIR
+from tests import simulators
+from tests.simulators import DEADLOCK, HOST, TOO_MANY, play
 
-HOST = Path(__file__).parent / "on_host"
 LAYOUTS = {  # of the ring, by query rows a CTA
     tuning.rows: dict(tuning.kernel_config("bf16").defines) for tuning in active_table().variants
 }
@@ -25,19 +25,7 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ t
 
 def build(folder: Path, rows: int, sources: Path = HOST, headers: Path = CUDA_DIR, **changed: int) -> Path:
     """The simulator with the layout of ``rows``, some of its macros ``changed``."""
-    macros = [f"-D{name}={value}" for name, value in (LAYOUTS[rows] | changed).items()]
-    command = ["g++", "-std=c++17", "-O1", "-w", f"-I{headers}", f"-I{sources}", *macros]
-    binary = folder / "rings"
-    subprocess.run(
-        [*command, "-o", binary, sources / "rings.cpp"], check=True, capture_output=True, timeout=120
-    )
-    return binary
-
-
-def play(rings: Path, cases: int, seed: int = 1) -> str:
-    """What the simulator says."""
-    played = subprocess.run([rings, str(seed), str(cases)], capture_output=True, text=True, timeout=240)
-    return played.stdout.strip()
+    return simulators.build("rings", folder, (LAYOUTS[rows] | changed).items(), sources, headers)
 
 
 @pytest.mark.parametrize("rows", [rows for rows in LAYOUTS if rows < 32])
@@ -71,8 +59,6 @@ def test_a_warp_waits_for_every_use_of_its_slots(tmp_path: Path) -> None:
 
 
 OTHERS_BOX = "a reader found another box's data"
-DEADLOCK = "nothing moves: a deadlock"
-TOO_MANY = "an arrival too many in a phase: the hardware raises an illegal instruction"
 NOT_SCORED = "a tile was multiplied before it was scored"
 BAD_PAGE = "a page outside the pool was not reported in time"
 WRONG_TILES = "a result is not that of its tiles"
@@ -86,12 +72,9 @@ PAST_TILES = "a copy goes past the tiles"
 
 
 @dataclass(frozen=True)
-class Fault:
-    """Text of one of the sources replaced, and what the simulator may then complain of."""
+class Fault(simulators.Fault):
+    """One that shows with some number of query rows a CTA."""
 
-    before: str
-    after: str
-    complaints: tuple[str, ...]
     rows: int = 64
 
 

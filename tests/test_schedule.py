@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mla_kernels.choice import group_size
-from mla_kernels.compiler import CUDA_DIR
 from mla_kernels.tuning import VARIANTS, DecodeTuning
+from tests import simulators
 
 TILE = 64
 MAX_PAGES = 64  # 4096 tokens
@@ -131,11 +131,8 @@ def schedule(request, tmp_path_factory):
     whose queries take two, and of which two CTAs have one share."""
     rows, changes = request.param
     tuning = dataclasses.replace(VARIANTS[rows], **changes)
-    binary = tmp_path_factory.mktemp("schedule") / "schedule"
-    source = Path(__file__).parent / "on_host" / "schedule.cpp"
-    macros = [f"-D{name}={value}" for name, value in tuning.kernel_config("bf16").defines]
-    command = ["g++", "-std=c++17", "-O1", "-w", f"-I{CUDA_DIR}", *macros, source, "-o", binary]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    folder = tmp_path_factory.mktemp("schedule")
+    binary = simulators.build("schedule", folder, tuning.kernel_config("bf16").defines)
     scheduler = Scheduler(binary, tuning)
     yield scheduler
     scheduler.close()
