@@ -27,16 +27,6 @@ struct RowsFragment {
             if (row(thread, r) < rows) *reinterpret_cast<uint4*>(place + r * row_step(thread) * kHeadDimV) = columns;
         }
     }
-    // Element i of thread t of four neighbours -> element t of thread i.
-    __device__ static uint4 transposed(u32 thread, u32 a, u32 b, u32 c, u32 d) {
-        const auto swap = [thread](u32 bit, u32& x, u32& y) {
-            const bool upper = thread & bit;
-            const u32 other = __shfl_xor_sync(0xffffffffu, upper ? x : y, bit);
-            (upper ? x : y) = other;
-        };
-        swap(1, a, b), swap(1, c, d), swap(2, a, c), swap(2, b, d);
-        return make_uint4(a, b, c, d);
-    }
     __device__ static void store_one(u16* out, u32 rows, u32 thread, int j, float4 v) {
         const u32 r = row(thread, 0);
         u16* place = out + r * kHeadDimV + half(thread) * (kGroupBoxes * kBoxColumns) + thread % 4 * 2 + j * 8;

@@ -294,16 +294,6 @@ struct Consumer {
         store(item, stats, o);
     }
 
-    // Element i of thread t of four neighbours -> element t of thread i.
-    __device__ static uint4 transposed(u32 thread, u32 a, u32 b, u32 c, u32 d) {
-        const auto swap = [thread](u32 bit, u32& x, u32& y) {
-            const bool upper = thread & bit;
-            const u32 other = __shfl_xor_sync(0xffffffffu, upper ? x : y, bit);
-            (upper ? x : y) = other;
-        };
-        swap(1, a, b), swap(1, c, d), swap(2, a, c), swap(2, b, d);
-        return make_uint4(a, b, c, d);
-    }
     // Four neighbours have 32 columns of a row in pairs; swapped among them, each writes 16 bytes.
     __device__ void store(const Item& item, RowStats& stats, const float (&o)[kCountV]) const {
         stats.finish();

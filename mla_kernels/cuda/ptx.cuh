@@ -263,6 +263,17 @@ __device__ __forceinline__ float2 unpack_elements(u32 packed) {
 #endif
 }
 
+// Element i of thread t of four neighbours -> element t of thread i.
+__device__ __forceinline__ uint4 transposed(u32 thread, u32 a, u32 b, u32 c, u32 d) {
+    const auto swap = [thread](u32 bit, u32& x, u32& y) {
+        const bool upper = thread & bit;
+        const u32 other = __shfl_xor_sync(0xffffffffu, upper ? x : y, bit);
+        (upper ? x : y) = other;
+    };
+    swap(1, a, b), swap(1, c, d), swap(2, a, c), swap(2, b, d);
+    return make_uint4(a, b, c, d);
+}
+
 // Four 8x8 blocks of 16-bit elements, registers -> shared memory; lane l gives the address of row l % 8 of block l / 8.
 __device__ __forceinline__ void stmatrix_x4(u32 address, u32 a, u32 b, u32 c, u32 d) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c),
