@@ -38,10 +38,8 @@ struct Attention : PairProducts {
         if ((tile + 1) * kTileTokens > kv_len - (p.causal ? p.s_q - 1 : 0)) mask(w, tile, x);
         const int valid = kv_len - tile * kTileTokens;
         if (valid >= kTileTokens) return;
-        const int chunks = (kTileTokens - valid) * 8;
-#pragma unroll 1
-        for (int c = 0; c < kGroupBoxes; ++c)  // by either warpgroup, which need not wait for each other so
-            for (int i = thread() % kWarpgroup; i < chunks; i += kWarpgroup) reinterpret_cast<uint4*>(smem.ring[ordinal].box[c])[valid * 8 + i] = make_uint4(0, 0, 0, 0);
+        // by either warpgroup, which need not wait for each other so
+        zero_token_rows<kGroupBoxes>([&](int c) { return smem.ring[ordinal].box[c]; }, valid, thread() % kWarpgroup);
         fence_proxy_async();
     }
     __device__ __forceinline__ static float max_of(const float (&x)[kScores]) {

@@ -74,13 +74,13 @@ constexpr u32 kAdvanceDownRows = (kStepK / 8 * kRowsStride) >> 4;  // next 16 ro
 // Byte offset of 16-byte chunk `chunk` (0-7) of row `row` in a swizzled box.
 __device__ __forceinline__ u32 swizzled_offset(u32 row, u32 chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
 
-// Zeroes rows [first_row, 64) of the eight V boxes at `boxes`: slots past the sequence may hold NaN, and 0 * NaN is
-// NaN. Whole rows, so the swizzle does not matter. Called by one warpgroup; `box_of(c)` gives box c.
-template <class BoxOf>
+// Zeroes rows [first_row, 64) of the `kCount` V boxes that a CTA has of a tile: slots past the sequence may hold NaN, and
+// 0 * NaN is NaN. Whole rows, so the swizzle does not matter. Called by one warpgroup; `box_of(c)` gives box c.
+template <int kCount = kBoxesV, class BoxOf>
 __device__ __forceinline__ void zero_token_rows(BoxOf box_of, int first_row, int thread) {
     const int chunks = (kTileTokens - first_row) * 8;
 #pragma unroll 1
-    for (int c = 0; c < kBoxesV; ++c) {
+    for (int c = 0; c < kCount; ++c) {
         if constexpr (kPieces) {
             uint4* box = reinterpret_cast<uint4*>(box_of(c));
             for (int i = first_row * 8 + thread; i < kTileTokens * 8; i += kWarpgroup) box[i / 64 * (kRowsStride / 16) + i % 64] = make_uint4(0, 0, 0, 0);
