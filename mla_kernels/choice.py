@@ -2,7 +2,6 @@
 
 ``SHIPPED`` is the table for an H200. ``MLA_KERNELS_TUNING`` names a record of the tuner (a JSON file that
 ``python -m mla_kernels.measure tune`` wrote on the GPU at hand) whose table is used instead.
-``MLA_KERNELS_PAIRS=1`` adds the variant of 128 rows (``PAIR``), which no record is of yet.
 """
 
 from __future__ import annotations
@@ -13,10 +12,9 @@ import json
 import os
 from dataclasses import dataclass
 
-from .tuning import PAGES, PAIR_ROWS, VARIANTS, DecodeTuning, Pages, TuningError, require
+from .tuning import PAGES, VARIANTS, DecodeTuning, Pages, TuningError, require
 
 VARIABLE = "MLA_KERNELS_TUNING"
-PAIR_VARIABLE = "MLA_KERNELS_PAIRS"
 H200_SMS = 132
 REMEDY = f"tune again with `python -m mla_kernels.measure tune`, or unset {VARIABLE}"
 
@@ -188,20 +186,17 @@ class TuningTable:
             ) from None
 
 
-# Costs on an H200, fitted at 23 calls by all four, at which the choice is at most 5 % from the best. (The
-# tuner fits them anew, from its own calls.)
+# Costs on an H200, fitted at 23 calls by all of up to 64 rows, at which the choice is at most 5 % from the
+# best; those of 128 rows at 43 calls on an H100, beside 64. (The tuner fits them anew, from its own calls.)
 SHIPPED = TuningTable(
     (
         (Cost(4.9, 1.12, 3.6), VARIANTS[8]),
         (Cost(6.0, 1.29, 3.2), VARIANTS[16]),
         (Cost(6.8, 1.57, 4.3), VARIANTS[32]),
         (Cost(7.6, 1.96, 7.7), VARIANTS[64]),
+        (Cost(10.7, 1.75, 6.4), VARIANTS[128]),
     )
 )
-
-
-# By pairs of CTAs: from three calls on an H100, where its tiles take 0.83 of the time of those of 64 rows.
-PAIR = (Cost(11.0, 1.62, 11.0), VARIANTS[PAIR_ROWS])
 
 
 def load_table(path: str | os.PathLike) -> TuningTable:
@@ -222,15 +217,9 @@ def load_table(path: str | os.PathLike) -> TuningTable:
 
 @functools.cache
 def active_table() -> TuningTable:
-    """The table in use, read once a process: the record's that ``MLA_KERNELS_TUNING`` names, or shipped; with
-    ``MLA_KERNELS_PAIRS=1`` and ``PAIR``, where it has no variant of so many rows.
+    """The table in use, read once a process: the record's that ``MLA_KERNELS_TUNING`` names, or ``SHIPPED``.
 
-    Raises TuningError for what either of them may not hold.
+    Raises TuningError for a record without one.
     """
-    path, pairs = os.environ.get(VARIABLE), os.environ.get(PAIR_VARIABLE, "0")
-    if pairs not in ("0", "1", ""):
-        raise TuningError(f"{PAIR_VARIABLE} is {pairs!r}, must be 0 or 1: set or unset it")
-    table = load_table(path) if path else SHIPPED
-    if pairs != "1" or PAIR_ROWS in (tuning.rows for tuning in table.variants):
-        return table
-    return TuningTable((*table.entries, PAIR))
+    path = os.environ.get(VARIABLE)
+    return load_table(path) if path else SHIPPED

@@ -9,7 +9,7 @@ from typing import Literal
 from .compiler import KernelConfig
 
 ROWS = (8, 16, 32, 64)  # query rows a CTA: decode_swapped.cu, the last decode_rows.cu
-PAIR_ROWS = 128  # of a pair of CTAs: decode_pair.cu, which no table that ships names yet
+PAIR_ROWS = 128  # of a pair of CTAs: decode_pair.cu
 WORK = {"decode": 0, "stream": 1, "mma": 2, "skeleton": 3}  # enum class Work of cuda/producer.cuh
 
 # How pages come into tiles of 64 tokens, and MLA_PAGE_SIZE of cuda/layout.cuh: pages of 64 are tiles, larger
@@ -169,11 +169,9 @@ class DecodeTuning:
     @property
     def most_parts(self) -> int:
         """Of an item, so that a unit of each and its rows' stats have room in the ring (cuda/merge.cuh)."""
-        if self.rows == PAIR_ROWS:
-            return self.group_slots * PAIR_TILE_BYTES // (512 + 32 * 12)
-        ring = (self.group_slots * GROUP_BOXES + self.rotary_slots) * BOX_BYTES
-        runs, rows = (2, 32) if self.rows == 64 else (1, self.rows)  # a slice is of two warps at most
-        return ring // (runs * 512 + rows * 12)
+        (_, values), (_, rotary), *_ = self.shared_plan()
+        runs = 2 if self.rows == 64 else 1
+        return (values + rotary) // (runs * 512 + min(self.rows, 32) * 12)  # a slice is of two warps at most
 
     @property
     def cluster_ctas(self) -> int:
@@ -347,9 +345,6 @@ class DecodeTuning:
         require(rows in VARIANTS, f"rows of {text!r}", rows, f"one of {_ALL_ROWS}", "name them")
         return dataclasses.replace(VARIANTS[rows], **changes)
 
-
-# Of a CTA of a pair: half the columns of 64 tokens.
-PAIR_TILE_BYTES = GROUP_BOXES * BOX_BYTES + BOX_BYTES // 2
 
 _ALL_ROWS = ", ".join(map(str, (*ROWS, PAIR_ROWS)))
 

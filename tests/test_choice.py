@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from mla_kernels import choice, decode, plan
 from mla_kernels.choice import SHIPPED, Cost, Share, TuningTable, group_size
-from mla_kernels.tuning import PAGES, ROWS, VARIANTS, TuningError
+from mla_kernels.tuning import PAGES, PAIR_ROWS, ROWS, VARIANTS, TuningError
 
 COST = Cost(5.0, 1.0, 3.0)
+ALL_ROWS = (*ROWS, PAIR_ROWS)
 SMS = 132
 # Microseconds on one H200 by (h_q, b, kv), in the order of ROWS.
 MEASURED = {
@@ -26,6 +27,23 @@ MEASURED = {
     (128, 1, 4096): (17.1, 14.2, 14.7, 18.5),
     (128, 4, 4096): (45.7, 29.7, 23.3, 23.4),
     (128, 16, 4096): (157.3, 89.1, 61.4, 47.0),
+}
+# Microseconds on one H100 by (h_q, s_q, b, kv): 64 rows, a pair of CTAs for 128.
+BY_MANY_ROWS = {
+    (128, 1, 4, 16384): (52.6, 50.9),
+    (128, 1, 16, 4096): (52.9, 52.2),
+    (128, 1, 16, 65536): (520.1, 483.3),
+    (128, 1, 32, 16384): (267.0, 253.4),
+    (128, 1, 40, 3000): (89.7, 96.2),
+    (128, 1, 64, 4096): (137.5, 130.9),
+    (128, 1, 128, 4096): (269.0, 251.1),
+    (128, 1, 128, 16384): (1107.0, 966.6),
+    (128, 4, 64, 4096): (532.9, 475.6),
+    (100, 1, 32, 16384): (265.5, 249.3),
+    (80, 1, 128, 4096): (260.4, 238.3),
+    (64, 2, 64, 16384): (507.9, 476.8),
+    (64, 1, 64, 16384): (429.7, 450.4),
+    (64, 1, 128, 4096): (220.5, 251.6),
 }
 
 
@@ -180,12 +198,21 @@ def test_a_cost_that_is_none_is_refused(field, value):
         dataclasses.replace(COST, **{field: value})
 
 
+@pytest.mark.parametrize("shape", BY_MANY_ROWS)
+def test_pairs_are_chosen_where_they_were_faster(shape):
+    """Within 7.5 %: calls that either serves about as fast are not worth a finer model."""
+    (h_q, s_q, b, kv), times = shape, dict(zip((64, PAIR_ROWS), BY_MANY_ROWS[shape], strict=True))
+    rows = SHIPPED.serving(h_q * s_q, b, -(-kv // 64)).rows
+    assert rows in times and times[rows] <= 1.075 * min(times.values())
+
+
 @pytest.mark.parametrize("shape", MEASURED)
 def test_what_is_chosen_is_nearly_the_fastest(shape):
     """With no table wider than the lengths, and with one of four pages more."""
     (h_q, b, kv), times = shape, dict(zip(ROWS, MEASURED[shape], strict=True))
+    measured = TuningTable(SHIPPED.entries[: len(ROWS)])
     for pages in (kv // 64, kv // 64 + 4):
-        rows = SHIPPED.serving(h_q, b, pages).rows
+        rows = measured.serving(h_q, b, pages).rows
         assert times[rows] <= 1.08 * min(times.values()), (pages, rows)
 
 
@@ -193,20 +220,21 @@ def test_what_is_chosen_is_nearly_the_fastest(shape):
 def test_the_model_is_near_what_was_measured(shape):
     """Within a quarter: further off, another variant than the fastest would be chosen elsewhere."""
     h_q, b, kv = shape
-    for (cost, tuning), us in zip(SHIPPED.entries, MEASURED[shape], strict=True):
+    for (cost, tuning), us in zip(SHIPPED.entries[: len(ROWS)], MEASURED[shape], strict=True):
         expected = cost.expected_us(Share.of(tuning, h_q, b, kv // 64, SMS), b * kv // 64)
         assert expected == pytest.approx(us, rel=0.25), tuning.rows
 
 
 def test_little_work_gets_few_rows_and_much_gets_many():
     assert SHIPPED.serving(128, 1, 16).rows <= 16
-    assert SHIPPED.serving(128, 128, 256).rows == 64
+    assert SHIPPED.serving(128, 128, 256).rows == 128
+    assert SHIPPED.serving(64, 128, 256).rows == 64
     assert SHIPPED.serving(8, 1, 16).rows == SHIPPED.serving(8, 128, 256).rows == 8
 
 
 @given(st.integers(1, 2000))
 def test_with_much_work_a_block_takes_as_many_rows_as_there_are(query_rows):
-    assert SHIPPED.serving_many(query_rows).rows == next((n for n in ROWS if query_rows <= n), 64)
+    assert SHIPPED.serving_many(query_rows).rows == next((n for n in ALL_ROWS if query_rows <= n), 128)
 
 
 @given(st.integers(1, 600), st.integers(1, 300), st.integers(0, 3000), st.integers(1, 132))
@@ -246,7 +274,7 @@ def test_a_table_has_its_variants_by_rows():
     assert table.variants == (VARIANTS[8], VARIANTS[64]) and table.of_rows(64) is VARIANTS[64]
     with pytest.raises(KeyError):
         table.of_rows(16)
-    assert tuple(tuning.rows for tuning in SHIPPED.variants) == ROWS
+    assert tuple(tuning.rows for tuning in SHIPPED.variants) == ALL_ROWS
 
 
 def test_a_table_survives_json():
@@ -310,23 +338,7 @@ def test_a_users_table_decides_what_is_launched(table_of):
     assert len(decode.shipped_configs()) == 5 * 4  # as many ways of pages
 
 
-@pytest.fixture
-def pairs(monkeypatch):
-    """Sets ``MLA_KERNELS_PAIRS``."""
-
-    def use(value):
-        monkeypatch.delenv("MLA_KERNELS_TUNING", raising=False)
-        monkeypatch.setenv("MLA_KERNELS_PAIRS", value)
-        choice.active_table.cache_clear()
-
-    yield use
-    monkeypatch.undo()
-    choice.active_table.cache_clear()
-
-
-def test_pairs_serve_calls_where_they_are_asked_for(pairs):
-    pairs("1")
-    assert choice.active_table().entries == (*SHIPPED.entries, choice.PAIR)
+def test_pairs_serve_many_rows_of_pages_that_are_tiles():
     many, few = {"b": 128, "pages": 64}, {"b": 1, "pages": 16}
     assert plan.kernel_config(torch.bfloat16, 128, **many).name == "decode_pair-bf16-128"
     assert plan.kernel_config(torch.bfloat16, 128, **many, page_size=16).name == "decode_rows-bf16-64-pieces"
@@ -334,23 +346,10 @@ def test_pairs_serve_calls_where_they_are_asked_for(pairs):
     assert plan.kernel_config(torch.bfloat16, 64, **many).name == "decode_rows-bf16-64"
     assert plan.kernel_config(torch.bfloat16, 128, **few).source == "decode_swapped.cu"
     assert len(decode.shipped_configs()) == 5 * 4 * 2 + 3 * 2
-    pairs("0")
-    assert choice.active_table() is SHIPPED
-    pairs("yes")
-    with pytest.raises(TuningError, match="MLA_KERNELS_PAIRS is 'yes', must be 0 or 1"):
-        choice.active_table()
-
-
-def test_a_users_table_keeps_its_own_pairs(table_of, monkeypatch):
-    own = TuningTable(((COST, VARIANTS[64]), (Cost(1.0, 1.0, 1.0), VARIANTS[128])))
-    monkeypatch.setenv("MLA_KERNELS_PAIRS", "1")
-    table_of(own)
-    assert choice.active_table() == own
 
 
 def test_without_one_the_shipped_table_is_used(monkeypatch):
     monkeypatch.delenv("MLA_KERNELS_TUNING", raising=False)
-    monkeypatch.delenv("MLA_KERNELS_PAIRS", raising=False)
     choice.active_table.cache_clear()
     assert choice.active_table() is SHIPPED
 

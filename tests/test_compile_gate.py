@@ -5,7 +5,7 @@ import os
 import pytest
 
 from mla_kernels import append, chunk_steps, compiler, decode, plan
-from mla_kernels.tuning import PAGES, PAIR_ROWS, VARIANTS
+from mla_kernels.tuning import PAIR_ROWS, VARIANTS
 
 BLOCKS = ("stream", "mma", "skeleton")
 # A tile's groups and its rotary box; queries by themselves, or as a tile of their own.
@@ -16,7 +16,11 @@ IN_PIECES = {"decode_swapped.cu": 1 + 2 + 1, "decode_rows.cu": 2 * (1 + 2)}
 QUERY_LOADS = {"decode_swapped.cu": 1, "decode_rows.cu": 0}  # of the block that loads no tiles
 
 
-@pytest.mark.parametrize("config", decode.shipped_configs(), ids=lambda config: config.name)
+PAIRS = [config for config in decode.shipped_configs() if config.source == "decode_pair.cu"]
+OTHERS = [config for config in decode.shipped_configs() if config not in PAIRS]
+
+
+@pytest.mark.parametrize("config", OTHERS, ids=lambda config: config.name)
 def test_shipped_kernel(config):
     kernel = compiler.compile_kernel(config)
     report = compiler.resource_report(kernel)
@@ -30,14 +34,7 @@ def test_shipped_kernel(config):
     assert "C75" not in kernel.log, f"ptxas serialized WGMMA or ignored setmaxnreg: {kernel.log}"
 
 
-PAIR = VARIANTS[PAIR_ROWS]  # no table that ships names it, yet
-PAIRS = [
-    PAIR.kernel_config(element, pages=pages)
-    for pages in PAGES
-    if PAIR.serves(pages)
-    for element in ("bf16", "fp16")
-]
-PAIR_BLOCKS = [PAIR.kernel_config("bf16", work) for work in BLOCKS]
+PAIR_BLOCKS = [VARIANTS[PAIR_ROWS].kernel_config("bf16", work) for work in BLOCKS]
 
 
 @pytest.mark.parametrize("config", [*PAIRS, *PAIR_BLOCKS], ids=lambda config: config.name)

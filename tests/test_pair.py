@@ -44,9 +44,9 @@ FAULTS = {
         (TOO_MANY, OVERWRITTEN, NO_TILE, WRONG, WRONG_LSE, DEADLOCK),
     ),
     "a tile is given back before it was multiplied": Fault(
-        "        wgmma_wait<0>();\n        if constexpr (kNext) wgmma_fence_operands(s);\n",
-        "        if constexpr (kPrevious) smem.ring.release(ordinal - 1);\n        wgmma_wait<0>();\n"
-        "        if constexpr (kPrevious) return;\n",
+        "        wgmma_wait<0>();\n        wgmma_fence_operands(o);\n        smem.ring.release(",
+        "        smem.ring.release(ordinal, lane());\n        wgmma_wait<0>();\n"
+        "        if (false) smem.ring.release(",
         (OVERWRITTEN, NO_TILE),
     ),
     "what the other CTA's reference did is not followed": Fault(
@@ -59,7 +59,22 @@ FAULTS = {
     "one warp alone does a tile again": Fault(
         "smem.again[warpgroup] = ordinal;", "smem.again[warpgroup] = 0;", (WRONG, WRONG_LSE)
     ),
-    "a tile that is done again counts twice": Fault("l = before[0], n = before[1];", "", (WRONG, WRONG_LSE)),
+    "a tile that is done again counts twice": Fault(
+        "            if (kSoftmax && is_done_again(ordinal - 1)) return false;\n",
+        "            if (kSoftmax) settle(), pending = 0;\n"
+        "            if (kSoftmax && is_done_again(ordinal - 1)) return false;\n",
+        (WRONG, WRONG_LSE),
+    ),
+    "a warp asks before all have said": Fault(
+        "        sync_rows();\n        return __any_sync",
+        "        return __any_sync",
+        (DEADLOCK, WRONG, WRONG_LSE),
+    ),
+    "what comes next is not announced": Fault(
+        "        expect(&smem.scores_ready[warp], kScoresBytes);\n    }\n    // Prob",
+        "    }\n    // Prob",
+        (DEADLOCK,),
+    ),
     "a turn is taken twice": Fault("if (tile > turns)", "if (tile >= turns)", (DEADLOCK,)),
     "no turns are taken where tiles are done again": Fault(
         "if (tile > turns) wait_turn(), give_turn();", "", (DEADLOCK,)
@@ -69,9 +84,9 @@ FAULTS = {
     ),
     "tokens past the end are seen": Fault("mask(w, tile, x);", ";", (WRONG, WRONG_LSE)),
     "probabilities are read before they have come": Fault(
-        "        receive(&smem.p_ready[warp], kScores * 2 * 32, p_parity);\n",
+        "        receive<1>(&smem.p_ready[warp]);\n",
         "",
-        (DEADLOCK, WRONG, NOT_WAITED),
+        (TOO_MANY, DEADLOCK, WRONG, NOT_WAITED),
     ),
 }  # fmt: skip
 

@@ -39,7 +39,7 @@ struct Attention : PairProducts {
         const int valid = kv_len - tile * kTileTokens;
         if (valid >= kTileTokens) return;
         // by either warpgroup, which need not wait for each other so
-        zero_token_rows<kGroupBoxes>([&](int c) { return smem.ring[ordinal].box[c]; }, valid, thread() % kWarpgroup);
+        zero_token_rows<kGroupBoxes>([&](int c) { return smem.ring[ordinal].box[c]; }, valid, id % kWarpgroup);
         fence_proxy_async();
     }
     __device__ __forceinline__ static float max_of(const float (&x)[kScores]) {
@@ -66,7 +66,7 @@ struct Attention : PairProducts {
     __device__ __forceinline__ void rescale(int by, int by_other) {
         const float factor = power(-by), factor_other = power(-by_other);
 #pragma unroll
-        for (int i = 0; i < kHalfColumns / 2; ++i) o[i / (kBoxColumns / 2)][i % (kBoxColumns / 2)] *= (i & 2) ? factor_other : factor;
+        for (int i = 0; i < kHalfColumns / 2; ++i) o[i] *= (i & 2) ? factor_other : factor;
     }
     // Scores of a tile, of both CTAs -> P in `a`, O as its references want it. With kMayBeLarge the warpgroup is told to do the tile
     // `again` where a row of either CTA has scores past kLargeScore. `complete()` is called when P has been sent.
@@ -108,6 +108,7 @@ struct Attention : PairProducts {
                 for (int i = v * 4; i < v * 4 + 4; ++i) exact[0] += x[2 * i], exact[1] += x[2 * i + 1];
             }
         }
+        pending = exact[0] + exact[1];
         complete();
         receive_p(other);
         const bool told = __any_sync(0xffffffffu, large || ((other[0] | other[1]) & kFlag) != 0);
@@ -123,48 +124,52 @@ struct Attention : PairProducts {
             a[step][0] = moved(e[step * 2]), a[step][2] = moved(e[step * 2 + 1]);
             a[step][1] = moved(other[step * 2]), a[step][3] = moved(other[step * 2 + 1]);
         }
+    }
+    // The sums of the last tile, which is not to be done again.
+    __device__ __forceinline__ void settle() {
         float rounded[2] = {};
 #pragma unroll
         for (int i = 0; i < kScores / 2; ++i) {
             const float2 r = unpack_elements(a[i / 2][i % 2 * 2]);
             rounded[0] += r.x, rounded[1] += r.y;
         }
-        before[0] = l, before[1] = n;
-        l += exact[0] + exact[1], n += rounded[0] + rounded[1];
+        l += pending, n += rounded[0] + rounded[1];
     }
 
     // ---- an item
 
-    // When every warp of the warpgroup has come here since the last tile. (A number, so that a warp that is late does not take a
-    // later tile's for it.) Told apart later: meanwhile it comes.
-    __device__ __forceinline__ u32 read_again() { return *static_cast<volatile u32*>(&smem.again[warpgroup]); }
-    __device__ __forceinline__ static bool is(u32 again, u32 ordinal) { return __any_sync(0xffffffffu, again == ordinal); }
-    // Softmax of a tile, under it the scores of the next and the values of the one before. False, and nothing done, if that has
-    // to be done again.
+    // Whether a tile has to be done again, when every warp of the warpgroup has come here since. (Its number, so that a warp that
+    // is late does not take a later tile's for it.)
+    __device__ __forceinline__ bool is_done_again(u32 ordinal) {
+        sync_rows();
+        return __any_sync(0xffffffffu, *static_cast<volatile u32*>(&smem.again[warpgroup]) == ordinal);
+    }
+    // A tile: values of the one before, under them its softmax, then scores of the next. Each product hides a message: values the
+    // other CTA's scores, scores its P. False, and nothing done, if the one before has to be done again.
     template <bool kNext, bool kPrevious>
     __device__ __forceinline__ bool step(const WorkItem& w, int kv_len, float (&x)[kScores], int tile, u32 ordinal) {
         float s[kTileTokens / 2];
-#pragma unroll
-        for (int i = 0; i < 16; ++i) a[i / 4][i % 4] = launder(a[i / 4][i % 4]);  // or ptxas makes them between the WGMMA (C7513)
-        wait_turn();
-        const u32 again = kSoftmax && kPrevious ? read_again() : 0;
-        if constexpr (kNext) smem.ring.wait(ordinal + 1);
-        if (kSoftmax && kPrevious && is(again, ordinal - 1)) {
-            give_turn();
-            return false;
+        if constexpr (kPrevious) {
+            if (kSoftmax && is_done_again(ordinal - 1)) return false;
+            issue_values(ordinal - 1);
+            if (kSoftmax) settle();
         }
-        issue<kNext, kPrevious>(ordinal, s);
-        give_turn();
+        const auto products = [&] {
+            if constexpr (kPrevious) complete_values(ordinal - 1);
+            if constexpr (kNext) {
+                smem.ring.wait(ordinal + 1);
+                wait_turn();
+                multiply_scores<0, kSteps>(ordinal + 1, s, [&] { give_turn(); });
+            }
+        };
         if constexpr (kSoftmax) {
             add_received_scores(x);
             hide(w, kv_len, tile, ordinal, x);
-            softmax<true>(
-                x, ordinal, [&] { complete<kNext, kPrevious>(ordinal, s); },
-                [&] {
-                    if constexpr (kNext) send_scores(s, x);
-                });
+            softmax<true>(x, ordinal, products, [&] {
+                if constexpr (kNext) send_scores(s, x);
+            });
         } else {
-            complete<kNext, kPrevious>(ordinal, s);
+            products();
 #pragma unroll
             for (int i = 0; i < 16; ++i) a[i / 4][i % 4] = pack_elements(x[i % kScores], x[i % kScores]);
             if constexpr (kNext) {
@@ -175,24 +180,13 @@ struct Attention : PairProducts {
         return true;
     }
     template <int kFirst>
-    __device__ __forceinline__ void add_chains(const Operands& at, float (&s)[kTileTokens / 2], float (&part)[kTileTokens / 2]) {
+    __device__ __forceinline__ void add_chains(u32 ordinal, float (&s)[kTileTokens / 2], float (&part)[kTileTokens / 2]) {
         if constexpr (kFirst < kSteps) {
             constexpr int kEnd = kFirst + kChainBoxes * kStepsPerBox < kSteps ? kFirst + kChainBoxes * kStepsPerBox : kSteps;
-            wgmma_fence();
-            issue_chain<kFirst, kFirst, kEnd>(at, part);
-            wgmma_commit();
-            wgmma_wait<0>();
-            wgmma_fence_operands(part);
+            multiply_scores<kFirst, kEnd>(ordinal, part, [] {});
 #pragma unroll
             for (int i = 0; i < kTileTokens / 2; ++i) s[i] += part[i];
-            add_chains<kEnd>(at, s, part);
-        }
-    }
-    template <int kFirst, int kStep, int kEnd>
-    __device__ __forceinline__ void issue_chain(const Operands& at, float (&part)[kTileTokens / 2]) {
-        if constexpr (kStep < kEnd) {
-            score_step<kStep>(at, part, kStep > kFirst);
-            issue_chain<kFirst, kStep + 1, kEnd>(at, part);
+            add_chains<kEnd>(ordinal, s, part);
         }
     }
     // A tile of large scores: summed in short chains, nothing under anything.
@@ -201,34 +195,36 @@ struct Attention : PairProducts {
         {
             float s[kTileTokens / 2] = {}, part[kTileTokens / 2];
             smem.ring.wait(ordinal);
-            add_chains<0>(operands(ordinal, ordinal), s, part);
+            add_chains<0>(ordinal, s, part);
             send_scores(s, x);
         }
         add_received_scores(x);
         hide(w, kv_len, tile, ordinal, x);
         softmax<false>(x, ordinal, [] {}, [] {});
+        settle();
         sync_rows();  // what `hide` wrote is there
         multiply_values(ordinal);
     }
     __device__ __forceinline__ void multiply_values(u32 ordinal) {
-        float none[kTileTokens / 2];
-        issue<false, true>(ordinal + 1, none);
-        complete<false, true>(ordinal + 1, none);
+        issue_values(ordinal);
+        complete_values(ordinal);
     }
     __device__ __forceinline__ void tiles(const WorkItem& w) {
         int tile = in_uniform(w.begin);
         const int end = in_uniform(w.end), kv_len = in_uniform(w.kv_len);
         u32 ordinal = in_uniform(w.ordinal);
         if constexpr (!kMath) {
-            for (; tile < end; ++tile, ++ordinal) smem.ring.wait(ordinal), smem.ring.release(ordinal);
+            for (; tile < end; ++tile, ++ordinal) smem.ring.wait(ordinal), smem.ring.release(ordinal, lane());
             return;
         }
+        // A sequence of a tile may have a score or two for a row, which nothing averages, and a small sum of large halves: in one
+        // chain an LSE was off by 1.2e-5.
+        if (kSoftmax && kv_len <= kTileTokens) smem.again[warpgroup] = ordinal;
         float x[kScores];
         {
             float s[kTileTokens / 2];
             smem.ring.wait(ordinal);
-            issue<true, false>(ordinal - 1, s);
-            complete<true, false>(ordinal - 1, s);
+            multiply_scores<0, kSteps>(ordinal, s, [] {});
             if constexpr (kSoftmax) send_scores(s, x);
             else {
 #pragma unroll
@@ -245,25 +241,21 @@ struct Attention : PairProducts {
             if (done) done = step<false, true>(w, kv_len, x, ++tile, ++ordinal);
         }
         if constexpr (kSoftmax) {
-            const int turns = tile;  // of the tiles up to this one are over
             if (done) {
-                sync_rows();
-                done = !is(read_again(), ordinal);
+                done = !is_done_again(ordinal);
             } else {
                 add_received_scores(x);  // they are of no use,
                 acknowledge();           // and others follow
                 --tile, --ordinal;
             }
-            if (!done) {
-                go_on_precisely(w, kv_len, tile, end, ordinal, turns);
-                return;
-            }
+            if (!done) return go_on_precisely(w, kv_len, tile, end, ordinal);
+            settle();
         }
         multiply_values(ordinal);
     }
-    // From a tile on that has been begun.
-    __device__ __forceinline__ void go_on_precisely(const WorkItem& w, int kv_len, int tile, int end, u32 ordinal, int turns) {
-        l = before[0], n = before[1];
+    // From a tile on that has been begun. (Of this and the next the turns are over, or there is no next.)
+    __device__ __forceinline__ void go_on_precisely(const WorkItem& w, int kv_len, int tile, int end, u32 ordinal) {
+        const int turns = tile + 1;
 #pragma unroll 1
         for (; tile < end; ++tile, ++ordinal) {
             if (tile > turns) wait_turn(), give_turn();  // as in the other warpgroup

@@ -6,61 +6,66 @@
 struct PairProducts {
     const DecodeParams& p;
     SharedMemory& smem;
-    const u32 warp = in_uniform(threadIdx.x / 32), warpgroup = warp / 4;
-    u32 scores_parity = 0, p_parity = 0;
-    float o[kGroupBoxes][kBoxColumns / 2];
+    const u32 id = launder(threadIdx.x);  // kept: read anew it takes 30 cycles each time
+    const u32 warp = in_uniform(id / 32), warpgroup = warp / 4, peer = in_uniform(cluster_rank() ^ 1);
+    u32 parities = 0;  // of the next scores, and P
+    float o[kHalfColumns / 2];
     u32 q[kRegisterSteps][4];
     u32 a[4][4];           // P, the A operand of PV
     float m, l, n;         // RowStats of the thread's own row
-    float before[2];       // l and n before the last tile
+    float pending;         // of l: the last tile's, which may have to be done again
 
     __device__ __forceinline__ PairProducts(const DecodeParams& p, SharedMemory& smem) : p(p), smem(smem) {
         if (warpgroup == 1) named_barrier_arrive(kBarrierTurn, kMergeThreads);  // the first turn is the other's
+        expect(&smem.scores_ready[warp], kScoresBytes);
+        expect(&smem.p_ready[warp], kPBytes);
     }
-    // Found anew each time: kept, they would take accumulators' room.
-    __device__ __forceinline__ static u32 thread() { return launder(threadIdx.x); }
-    __device__ __forceinline__ static u32 lane() { return thread() & 31; }
-    __device__ __forceinline__ float4 vector(int j) {
-        const float(&v)[kBoxColumns / 2] = o[j / 8];
-        return make_float4(v[j % 8 * 4], v[j % 8 * 4 + 1], v[j % 8 * 4 + 2], v[j % 8 * 4 + 3]);
-    }
+    __device__ __forceinline__ u32 lane() const { return id & 31; }
+    __device__ __forceinline__ float4 vector(int j) { return make_float4(o[j * 4], o[j * 4 + 1], o[j * 4 + 2], o[j * 4 + 3]); }
 
     // ---- messages: a thread to the same one of the other CTA
 
+    static constexpr u32 kScoresBytes = kScores * 4 * 32, kPBytes = kScores * 2 * 32;  // a warp's
     __device__ __forceinline__ void send(const void* place, const u64* barrier, u32 x, u32 y, u32 z, u32 w) const {
-        store_async(map_shared(smem_address(place), cluster_rank() ^ 1), map_shared(smem_address(barrier), cluster_rank() ^ 1), x, y, z, w);
+        store_async(map_shared(smem_address(place), peer), map_shared(smem_address(barrier), peer), x, y, z, w);
     }
-    __device__ __forceinline__ void receive(u64* barrier, u32 bytes, u32& parity) {
+    // What comes next is announced when the last has come: it need not wait for that.
+    __device__ __forceinline__ void expect(u64* barrier, u32 bytes) const {
         if (lane() == 0) mbarrier_arrive_expect_tx(barrier, bytes);
-        mbarrier_wait(barrier, parity);
-        parity ^= 1;
+    }
+    template <int kWhich>
+    __device__ __forceinline__ void receive(u64* barrier) {
+        mbarrier_wait(barrier, parities >> kWhich & 1);
+        parities ^= 1 << kWhich;
     }
     // Partial scores -> those of the own row, the others sent.
     __device__ __forceinline__ void send_scores(const float (&s)[kTileTokens / 2], float (&x)[kScores]) {
 #pragma unroll
         for (int i = 0; i < kScores / 4; ++i)
-            send(&smem.scores[i][thread()], &smem.scores_ready[warp], __float_as_uint(s[i * 8 + 2]), __float_as_uint(s[i * 8 + 3]),
+            send(&smem.scores[i][id], &smem.scores_ready[warp], __float_as_uint(s[i * 8 + 2]), __float_as_uint(s[i * 8 + 3]),
                  __float_as_uint(s[i * 8 + 6]), __float_as_uint(s[i * 8 + 7]));
 #pragma unroll
         for (int j = 0; j < kScores / 2; ++j) x[2 * j] = s[4 * j], x[2 * j + 1] = s[4 * j + 1];
     }
     __device__ __forceinline__ void add_received_scores(float (&x)[kScores]) {
-        receive(&smem.scores_ready[warp], kScores * 4 * 32, scores_parity);
+        receive<0>(&smem.scores_ready[warp]);
 #pragma unroll
         for (int i = 0; i < kScores / 4; ++i) {
-            const uint4 v = smem.scores[i][thread()];
+            const uint4 v = smem.scores[i][id];
             x[i * 4] += __uint_as_float(v.x), x[i * 4 + 1] += __uint_as_float(v.y);
             x[i * 4 + 2] += __uint_as_float(v.z), x[i * 4 + 3] += __uint_as_float(v.w);
         }
+        expect(&smem.scores_ready[warp], kScoresBytes);
     }
     // Probabilities are not negative, so their 16 sign bits are free: the upper ones of the first two words say that
     // the reference moved, and that scores are large; the lower ones by how much it moved.
     static constexpr u32 kFlag = 0x80000000u, kSigns = 0x80008000u;
-    __device__ __forceinline__ void send_p(int vector, u32 x, u32 y, u32 z, u32 w) { send(&smem.p[vector][thread()], &smem.p_ready[warp], x, y, z, w); }
+    __device__ __forceinline__ void send_p(int vector, u32 x, u32 y, u32 z, u32 w) { send(&smem.p[vector][id], &smem.p_ready[warp], x, y, z, w); }
     __device__ __forceinline__ void receive_p(u32 (&e)[kScores / 2]) {
-        receive(&smem.p_ready[warp], kScores * 2 * 32, p_parity);
-        const uint4 u = smem.p[0][thread()], v = smem.p[1][thread()];
+        receive<1>(&smem.p_ready[warp]);
+        const uint4 u = smem.p[0][id], v = smem.p[1][id];
         e[0] = u.x, e[1] = u.y, e[2] = u.z, e[3] = u.w, e[4] = v.x, e[5] = v.y, e[6] = v.z, e[7] = v.w;
+        expect(&smem.p_ready[warp], kPBytes);
     }
 
     // ---- products
@@ -70,7 +75,7 @@ struct PairProducts {
         const u32 first = in_uniform(w.ordinal) - 2, own = first + warpgroup, rank = cluster_rank();
         m = -kInfinity, l = n = 0.f;
 #pragma unroll
-        for (int i = 0; i < kHalfColumns / 2; ++i) o[i / (kBoxColumns / 2)][i % (kBoxColumns / 2)] = 0.f;
+        for (int i = 0; i < kHalfColumns / 2; ++i) o[i] = 0.f;
         smem.ring.wait(own);
         HalfTile& queries = smem.ring[own];
 #pragma unroll
@@ -78,9 +83,9 @@ struct PairProducts {
             const u32 row = warp % 4 * 16 + (lane() & 15) ^ rank * 8;
             ldmatrix_x4(q[i], smem_address(queries.box[i / kStepsPerBox]) + swizzled_offset(row, i % kStepsPerBox * 2 + lane() / 16));
         }
-        const auto copy = [rank](u16* to, const u16* from, int bytes, u32 eight_rows) {
+        const auto copy = [rank, this](u16* to, const u16* from, int bytes, u32 eight_rows) {
 #pragma unroll 1
-            for (int i = thread() % kWarpgroup; i < bytes / 16; i += kWarpgroup)
+            for (int i = id % kWarpgroup; i < bytes / 16; i += kWarpgroup)
                 reinterpret_cast<uint4*>(to)[i ^ rank * eight_rows] = reinterpret_cast<const uint4*>(from)[i];
         };
         auto& kept = smem.q[warpgroup];
@@ -89,61 +94,63 @@ struct PairProducts {
         fence_proxy_async();
         sync_rows();
         smem.ring.wait(first + 1 - warpgroup);
-        smem.ring.release(first);
-        smem.ring.release(first + 1);
+        smem.ring.release(first, lane());
+        smem.ring.release(first + 1, lane());
     }
     __device__ __forceinline__ void sync_rows() const { named_barrier_sync(kBarrierRows + warpgroup, kWarpgroup); }
-    // What the steps of a product need, in uniform registers, and found where they are issued: kept, it would take others' room.
-    struct Operands {
-        u32 queries, keys, values;  // descriptors of the first box
-    };
-    __device__ __forceinline__ Operands operands(u32 k, u32 v) {
-        // (An ordinal has no upper bit, but ptxas does not know: so this is not kept either.)
-        const u32 queries = descriptor_k_major(smem.q[0].box[0]) + warpgroup * (sizeof(smem.q[0]) >> 4) + (k >> 31);
-        return {queries, descriptor_k_major(smem.ring[k].box[0]), descriptor_token_major(smem.ring[v].box[0])};
+    // Descriptors are in uniform registers, and found where products are issued: kept, they would take others' room.
+    __device__ __forceinline__ u32 query_descriptor(u32 ordinal) const {
+        // (An ordinal has no upper bit, but ptxas does not know: so this is not kept.)
+        return in_uniform(descriptor_k_major(smem.q[0].box[0]) + warpgroup * (sizeof(smem.q[0]) >> 4) + (ordinal >> 31));
     }
+    __device__ __forceinline__ u32 key_descriptor(u32 ordinal) const { return in_uniform(descriptor_k_major(smem.ring[ordinal].box[0])); }
+    __device__ __forceinline__ u32 value_descriptor(u32 ordinal) const { return in_uniform(descriptor_token_major(smem.ring[ordinal].box[0])); }
     template <int kStep>
-    __device__ __forceinline__ void score_step(const Operands& at, float (&s)[kTileTokens / 2], bool accumulate) {
+    __device__ __forceinline__ void score_step(u32 queries, u32 keys, float (&s)[kTileTokens / 2], bool accumulate) {
         constexpr int c = kStep / kStepsPerBox, step = kStep % kStepsPerBox;
         constexpr u32 kBox = kBoxBytes >> 4, kAlong = step * kAdvanceAlongRow;
-        const u32 keys = at.keys + c * kBox + kAlong, queries = at.queries + (c + kQueryBoxes - kGroupBoxes) * kBox + kAlong;
-        if constexpr (kStep < kRegisterSteps) wgmma_rs_n64(s, q[kStep], keys, accumulate);
-        else if constexpr (kStep < kLatentSteps) wgmma_ss<kTileTokens, 0, 0>(s, queries, keys, accumulate);
-        else wgmma_ss_n64_narrow(s, queries, keys, accumulate);
+        const u32 key = keys + c * kBox + kAlong, query = queries + (kQueryBoxes + c - kGroupBoxes) * kBox + kAlong;
+        if constexpr (kStep < kRegisterSteps) wgmma_rs_n64(s, q[kStep], key, accumulate);
+        else if constexpr (kStep < kLatentSteps) wgmma_ss<kTileTokens, 0, 0>(s, query, key, accumulate);
+        else wgmma_ss_n64_narrow(s, query, key, accumulate);
     }
-    template <int kStep>
-    __device__ __forceinline__ void value_step(const Operands& at) {
-        constexpr int c = kStep % kGroupBoxes, step = kStep / kGroupBoxes;
-        wgmma_rs_n<kBoxColumns>(o[c], a[step], at.values + c * (kBoxBytes >> 4) + step * kAdvanceDownRows, true);
+    // Which step is issued as number i: those with queries in registers spread among the others. One that reads both operands
+    // takes all that shared memory gives, and a row of them keeps the other warpgroup from its messages.
+    __device__ static constexpr int spread(int i) {
+        const int before = i * kRegisterSteps / kSteps;
+        return (i + 1) * kRegisterSteps / kSteps > before ? before : kRegisterSteps + i - before;
     }
-    // Steps of both products in turn: each step of a chain waits for the one before, 74 cycles for 32 of work.
-    template <int kStep, int kScoreSteps, int kValueSteps>
-    __device__ __forceinline__ void issue_steps(const Operands& at, float (&s)[kTileTokens / 2]) {
-        if constexpr (kStep < kValueSteps) value_step<kStep>(at);
-        if constexpr (kStep < kScoreSteps) score_step<kStep>(at, s, kStep > 0);
-        if constexpr (kStep + 1 < kValueSteps || kStep + 1 < kScoreSteps) issue_steps<kStep + 1, kScoreSteps, kValueSteps>(at, s);
-    }
-    // Scores of tile `ordinal` + 1, which is there, and values of `ordinal` - 1.
-    template <bool kNext, bool kPrevious>
-    __device__ __forceinline__ void issue(u32 ordinal, float (&s)[kTileTokens / 2]) {
-        if constexpr (kMath && (kNext || kPrevious)) {
-            const Operands at = operands(ordinal + 1, ordinal - 1);
-            wgmma_fence();
-            issue_steps<0, kNext ? kSteps : 0, kPrevious ? kValueSteps : 0>(at, s);
-            wgmma_commit();
+    template <int kStep, int kEnd, bool kSpread>
+    __device__ __forceinline__ void score_steps(u32 queries, u32 keys, float (&s)[kTileTokens / 2], bool accumulate = false) {
+        if constexpr (kStep < kEnd) {
+            score_step<kSpread ? spread(kStep) : kStep>(queries, keys, s, accumulate);
+            score_steps<kStep + 1, kEnd, kSpread>(queries, keys, s, true);
         }
     }
-    template <bool kNext, bool kPrevious>
-    __device__ __forceinline__ void complete(u32 ordinal, float (&s)[kTileTokens / 2]) {
+    // Steps [kFirst, kEnd) of the scores of a tile, which is there; `issued()` is called when they are.
+    template <int kFirst, int kEnd, class Issued>
+    __device__ __forceinline__ void multiply_scores(u32 ordinal, float (&s)[kTileTokens / 2], Issued issued) {
+        wgmma_fence();
+        score_steps<kFirst, kEnd, kEnd - kFirst == kSteps>(query_descriptor(ordinal), key_descriptor(ordinal), s);
+        wgmma_commit();
+        issued();
         wgmma_wait<0>();
-        if constexpr (kNext) wgmma_fence_operands(s);
-        if constexpr (kPrevious) {
-#pragma unroll
-            for (int c = 0; c < kGroupBoxes; ++c) wgmma_fence_operands(o[c]);
-            smem.ring.release(ordinal - 1);
-        }
+        wgmma_fence_operands(s);
     }
-    // One warpgroup issues after the other: left alone they fall into step, and both wait for messages at once.
+    // Values of a tile, P of which is in `a`.
+    __device__ __forceinline__ void issue_values(u32 ordinal) {
+        const u32 values = value_descriptor(ordinal);
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < 4; ++step) wgmma_rs_n<kHalfColumns>(o, a[step], values + step * kAdvanceDownRows, true);
+        wgmma_commit();
+    }
+    __device__ __forceinline__ void complete_values(u32 ordinal) {
+        wgmma_wait<0>();
+        wgmma_fence_operands(o);
+        smem.ring.release(ordinal, lane());
+    }
+    // One warpgroup's scores after the other's: left alone they fall into step, and both wait for messages at once.
     __device__ __forceinline__ void wait_turn() { named_barrier_sync(kBarrierTurn + warpgroup, kMergeThreads); }
     __device__ __forceinline__ void give_turn() { named_barrier_arrive(kBarrierTurn + 1 - warpgroup, kMergeThreads); }
 };

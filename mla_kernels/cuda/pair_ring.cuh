@@ -34,10 +34,10 @@ struct HalfTileRing {
     __device__ __forceinline__ void wait(u32 ordinal) {
         if (kLoads) mbarrier_wait(&full[ordinal % kSlots], ordinal / kSlots & 1);
     }
-    __device__ __forceinline__ void release(u32 ordinal) {
+    __device__ __forceinline__ void release(u32 ordinal, u32 lane) {
         if (!kLoads) return;
         __syncwarp();
-        if ((launder(threadIdx.x) & 31) == 0) mbarrier_arrive(&empty[ordinal % kSlots]);
+        if (lane == 0) mbarrier_arrive(&empty[ordinal % kSlots]);
     }
     // One warp: 64 rows from row `y` of plane `z` on.
     __device__ __forceinline__ void load(u32 ordinal, const TensorMap* map, const TensorMap* rotary_map, u32 rank, int y, int z) {
@@ -73,10 +73,6 @@ struct SharedMemory {
         again[0] = again[1] = ~0u;
     }
 };
-
-// The same value, in a uniform register. What branches, waits and descriptors depend on must be known to be the same in a warp:
-// else ptxas takes ordinary registers for it, and there are none left. (A shuffle tells it less than a reduction.)
-__device__ __forceinline__ u32 in_uniform(u32 value) { return __reduce_or_sync(0xffffffffu, value); }
 
 // Run by one warp.
 __device__ __forceinline__ void load_half_tiles(const DecodeParams& p, SharedMemory& smem) {

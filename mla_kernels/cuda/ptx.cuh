@@ -25,6 +25,10 @@ __device__ __forceinline__ u32 launder(u32 value) {
     return value;
 }
 
+// The same value, in a uniform register. What branches, waits and descriptors depend on must be known to be the same in a warp:
+// else ptxas takes ordinary registers for it, and two moves to uniform ones for each WGMMA. (A shuffle tells it less.)
+__device__ __forceinline__ u32 in_uniform(u32 value) { return __reduce_or_sync(0xffffffffu, value); }
+
 // The same value, known to be the same in every lane: what is derived from it lives in uniform registers.
 __device__ __forceinline__ u32 uniform(u32 value) { return __shfl_sync(0xffffffffu, value, 0); }
 

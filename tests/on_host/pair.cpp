@@ -61,8 +61,8 @@ static void wgmma_ss(float (&s)[32], u32, u32 keys, bool accumulate) {
     score(s, keys, accumulate, false);
 }
 static void wgmma_ss_n64_narrow(float (&s)[32], u32, u32 keys, bool accumulate) { score(s, keys, accumulate, true); }
-template <int>
-static void wgmma_rs_n(float (&o)[32], const u32 (&a)[4], u32 values, bool);
+template <int kN>
+static void wgmma_rs_n(float (&o)[kN / 2], const u32 (&a)[4], u32 values, bool);
 static u32 pack_bf16(float low, float high) {
     const auto rounded = [](float x) {
         const u32 bits = __builtin_bit_cast(u32, x);
@@ -171,10 +171,10 @@ static void score(float (&s)[32], u32 keys, bool accumulate, bool rotary) {
         s[i] += (cta == 0 ? own : score_of(box.z, row, token) - own) / 2.f;
     }
 }
-template <int>
-static void wgmma_rs_n(float (&o)[32], const u32 (&a)[4], u32 values, bool) {
-    const Stamp box = read_box(values);
-    for (int i = 0; i < 32; ++i) {  // the thread's own tokens alone: four neighbours have a row
+template <int kN>
+static void wgmma_rs_n(float (&o)[kN / 2], const u32 (&a)[4], u32 values, bool) {
+    for (int i = 0; i < kN / 2; ++i) {  // the thread's own tokens alone: four neighbours have a row
+        const Stamp box = read_box(values + i / 32 * (kBoxBytes >> 4));
         const float2 first = unpack_elements(a[i / 2 % 2]), second = unpack_elements(a[i / 2 % 2 + 2]);
         o[i] += (first.x + first.y + second.x + second.y) * value_of(box.z);
     }
