@@ -10,9 +10,10 @@ import dataclasses
 import functools
 import json
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 
-from .tuning import PAGES, VARIANTS, DecodeTuning, Pages, TuningError, require
+from .tuning import PAGES, PAIR_ROWS, ROWS, VARIANTS, DecodeTuning, Pages, TuningError, require
 
 VARIABLE = "MLA_KERNELS_TUNING"
 H200_SMS = 132
@@ -137,7 +138,13 @@ class TuningTable:
         return {tuning.rows: tuning for tuning in self.variants}[rows]
 
     def serving(
-        self, query_rows: int, b: int, pages: int, ctas: int = H200_SMS, come: Pages = "tiles"
+        self,
+        query_rows: int,
+        b: int,
+        pages: int,
+        ctas: int = H200_SMS,
+        come: Pages = "tiles",
+        of_rows: Collection[int] = (*ROWS, PAIR_ROWS),
     ) -> DecodeTuning:
         """The variant that is expected to be fastest.
 
@@ -150,13 +157,17 @@ class TuningTable:
             pages: of 64 tokens, of each sequence, or what the page table has room for.
             ctas: of a launch.
             come: how the pages come into tiles.
+            of_rows: the variants to choose from.
         """
 
         def expected(entry: tuple[Cost, DecodeTuning]) -> float:
             cost, tuning = entry
             return cost.expected_us(Share.of(tuning, query_rows, b, pages, ctas), b * pages)
 
-        return min((entry for entry in self.entries if entry[1].serves(come)), key=expected)[1]
+        def fits(tuning: DecodeTuning) -> bool:
+            return tuning.rows in of_rows and tuning.serves(come) and tuning.cluster_ctas <= ctas
+
+        return min((entry for entry in self.entries if fits(entry[1])), key=expected)[1]
 
     def serving_many(self, query_rows: int) -> DecodeTuning:
         """The variant for so many query rows where there is work in plenty."""

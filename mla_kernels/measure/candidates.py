@@ -10,14 +10,14 @@ import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from mla_kernels.choice import H200_SMS, PAGE_US, SHIPPED, Cost, Share, TuningTable
 from mla_kernels.compiler import CompileError, KernelConfig, compile_kernel
-from mla_kernels.tuning import ROWS, DecodeTuning, TuningError
+from mla_kernels.tuning import PAIR_ROWS, ROWS, DecodeTuning, TuningError
 
 from .figures import DECODE, query_rows
 from .records import Point, Record, Workload
@@ -28,6 +28,7 @@ WORTH = 1.01  # speed over the shipped variant from which another is taken: less
 HBM_IDLE = 0.7  # of the time of its tiles a call may wait for HBM, and still tell what tiles cost
 LEAST_POINTS = 5  # to fit a cost's three terms
 FIT_ROUNDS = 10
+SHIPPED_ROWS = tuple(tuning.rows for tuning in SHIPPED.variants)
 
 
 def is_candidate(implementation: str) -> bool:
@@ -106,7 +107,8 @@ def speeds(points: Iterable[Point]) -> dict[str, dict]:
             timed[point.workload][point.implementation] = point.per_call_us
     found: dict[str, dict] = defaultdict(dict)
     for workload, times in timed.items():
-        rows = shipped_rows(workload)
+        # a record may be older than pairs of CTAs
+        rows = shipped_rows(workload, SHIPPED_ROWS if name_of(rows=PAIR_ROWS) in times else ROWS)
         shipped = times.get(name_of(rows=rows))
         if shipped is not None:
             for name, us in times.items():
@@ -115,9 +117,10 @@ def speeds(points: Iterable[Point]) -> dict[str, dict]:
     return dict(found)
 
 
-def shipped_rows(workload: Workload) -> int:
-    """Rows a CTA of the shipped variant that serves a workload."""
-    return SHIPPED.serving(query_rows(workload), workload.b, table_width(workload)).rows
+def shipped_rows(workload: Workload, of_rows: Collection[int] = SHIPPED_ROWS) -> int:
+    """Rows of the shipped variant that serves a workload, of those with ``of_rows``."""
+    pages = table_width(workload)
+    return SHIPPED.serving(query_rows(workload), workload.b, pages, of_rows=of_rows).rows
 
 
 def gain(ratios: Mapping) -> float:
@@ -142,7 +145,9 @@ def best_of(points: list[Point], rows: int) -> tuple[str, float]:
 
 def best_table(points: list[Point]) -> TuningTable:
     """The table that ``points`` speak for: the best variant of each rows, and what the shipped ones cost."""
-    return TuningTable(tuple((fit_cost(points, rows), tuning_of(best_of(points, rows)[0])) for rows in ROWS))
+    return TuningTable(
+        tuple((fit_cost(points, rows), tuning_of(best_of(points, rows)[0])) for rows in SHIPPED_ROWS)
+    )
 
 
 def fit_cost(points: Iterable[Point], rows: int) -> Cost:
@@ -195,7 +200,7 @@ def summary(record: Record) -> list[str]:
     """Lines: each candidate's speed over the shipped variant, best first, and the table that follows."""
     all_speeds = speeds(record.points)
     lines = []
-    for rows in ROWS:
+    for rows in SHIPPED_ROWS:
         own = {name: ratios for name, ratios in all_speeds.items() if rows_of(name) == rows}
         for name in sorted(own, key=lambda name: -gain(own[name])):
             ratios = own[name].values()

@@ -29,7 +29,8 @@ def plan_table(tunings: Iterable[DecodeTuning]) -> pd.DataFrame:
     for tuning in tunings:
         parts = {name: size / 1024 for name, size in tuning.shared_plan()}
         rows.append({"rows": tuning.rows, **parts, "all": tuning.shared_bytes / 1024})
-    return pd.DataFrame(rows)
+    parts = dict.fromkeys(name for row in rows for name in row if name not in ("rows", "all"))
+    return pd.DataFrame(rows, columns=["rows", *parts, "all"]).fillna(0.0)
 
 
 def plot_shared_plan() -> pd.DataFrame:
@@ -37,8 +38,8 @@ def plot_shared_plan() -> pd.DataFrame:
     data = plan_table(SHIPPED.variants)
     figure, axes = style.new_figure(width=9, height=3.2)
     left = np.zeros(len(data))
-    colours = (*(_PHASES[what] for what in ("QKᵀ", "softmax, P", "PV")), _PHASES["waits"])
-    for name, colour in zip(data.columns[1:-1], colours, strict=True):
+    for name in data.columns[1:-1]:
+        colour = _PARTS[name]
         axes.barh(range(len(data)), data[name], 0.62, left=left, color=colour, label=name)
         left = left + data[name].to_numpy()
     for y, tuning in enumerate(SHIPPED.variants):
@@ -50,7 +51,7 @@ def plot_shared_plan() -> pd.DataFrame:
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     axes.set(xlabel="KB (dashed: all that a block may have)", title="Shared memory of a CTA")
-    axes.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.24))
+    axes.legend(ncols=6, loc="upper center", bbox_to_anchor=(0.5, -0.24))
     style.show(figure, CAPTION)
     return data
 
@@ -142,6 +143,14 @@ _PHASES = {
     "softmax, P": "#f0b35a",
     "PV": style.COLOURS["block:skeleton"],
     "waits": "#dddddd",
+}
+_PARTS = {  # of shared memory
+    "values": _PHASES["QKᵀ"],
+    "rotary columns, then P": _PHASES["softmax, P"],
+    "rotary columns": _PHASES["QKᵀ ahead"],
+    "queries": _PHASES["PV"],
+    "messages": _PHASES["in flight"],
+    "the rest": _PHASES["waits"],
 }
 
 

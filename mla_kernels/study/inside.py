@@ -14,7 +14,7 @@ from mla_kernels.choice import SHIPPED
 from mla_kernels.measure import figures
 from mla_kernels.measure.figures import DECODE, query_rows
 from mla_kernels.measure.records import Point, Record
-from mla_kernels.tuning import BOX_BYTES, BOXES, DecodeTuning
+from mla_kernels.tuning import BOX_BYTES, BOXES, PAIR_ROWS, DecodeTuning
 
 from . import style
 
@@ -39,35 +39,55 @@ def instruction(m: int, n: int, operands_in_shared: int = 2) -> tuple[float, flo
 def budget(tuning: DecodeTuning, hbm_bytes_a_cycle: float, sharing: int = 1) -> pd.DataFrame:
     """Cycles that a 64-token tile takes of each unit of an SM, if nothing else were in the way.
 
+    Of a pair of CTAs the half that each has, with twice as many rows.
     ``hbm_bytes_a_cycle``: what the memory gives one SM. ``sharing``: CTAs that read the same tile side by
     side, so that all but the first find it in the L2.
     """
-    rows, parts = tuning.rows, []
-    if rows == 64:
-        kept = tuning.register_steps
-        qk, pv = instruction(64, TOKENS), instruction(64, PV_COLUMNS)
-        from_registers = instruction(64, TOKENS, 1)
-        count = PV_STEPS * COLUMNS_V // PV_COLUMNS
-        parts += [
-            (TENSOR, "QKᵀ", QK_STEPS * qk[0]),
-            (TENSOR, "PV", count * pv[0]),
-            (SHARED, "QKᵀ", kept * from_registers[1] + (QK_STEPS - kept) * qk[1]),
-            (SHARED, "PV", count * pv[1]),
-        ]
+    if tuning.rows == PAIR_ROWS:
+        parts = _needs_of_pair(tuning)
+    elif tuning.rows == 64:
+        parts = _needs_of_64(tuning)
     else:
-        qk, count = instruction(TOKENS, rows), PV_STEPS * COLUMNS_V // 64
-        parts += [
+        qk, count = instruction(TOKENS, tuning.rows), PV_STEPS * COLUMNS_V // 64
+        parts = [
             (TENSOR, "QKᵀ", QK_STEPS * qk[0]),
             (TENSOR, "PV", count * qk[0]),
             (SHARED, "QKᵀ", QK_STEPS * qk[1]),
             (SHARED, "PV", count * qk[1]),
         ]
+    if tuning.rows != PAIR_ROWS:
+        parts.append((SHARED, "writes of P", tuning.rows * TOKENS * 2 / SHARED_BYTES))
+    tile_bytes = TILE_BYTES / tuning.cluster_ctas
     parts += [
-        (SHARED, "writes by TMA", TILE_BYTES / SHARED_BYTES),
-        (SHARED, "writes of P", rows * TOKENS * 2 / SHARED_BYTES),
-        (HBM, "reads", TILE_BYTES / sharing / hbm_bytes_a_cycle),
+        (SHARED, "writes by TMA", tile_bytes / SHARED_BYTES),
+        (HBM, "reads", tile_bytes / sharing / hbm_bytes_a_cycle),
     ]
     return pd.DataFrame(parts, columns=["unit", "part", "cycles"])
+
+
+def _needs_of_64(tuning: DecodeTuning) -> list[tuple[str, str, float]]:
+    kept, count = tuning.register_steps, PV_STEPS * COLUMNS_V // PV_COLUMNS
+    qk, pv = instruction(64, TOKENS), instruction(64, PV_COLUMNS)
+    return [
+        (TENSOR, "QKᵀ", QK_STEPS * qk[0]),
+        (TENSOR, "PV", count * pv[0]),
+        (SHARED, "QKᵀ", kept * instruction(64, TOKENS, 1)[1] + (QK_STEPS - kept) * qk[1]),
+        (SHARED, "PV", count * pv[1]),
+    ]
+
+
+def _needs_of_pair(tuning: DecodeTuning) -> list[tuple[str, str, float]]:
+    """Of a CTA: half of the columns for two warpgroups of 64 rows; messages are written and read."""
+    kept, steps = 2 * tuning.register_steps, QK_STEPS  # 18 for each warpgroup
+    qk, pv = instruction(64, TOKENS), instruction(64, COLUMNS_V // 2, 1)
+    messages = dict(tuning.shared_plan())["messages"]
+    return [
+        (TENSOR, "QKᵀ", steps * qk[0]),
+        (TENSOR, "PV", 2 * PV_STEPS * pv[0]),
+        (SHARED, "QKᵀ", kept * instruction(64, TOKENS, 1)[1] + (steps - kept) * qk[1]),
+        (SHARED, "PV", 2 * PV_STEPS * pv[1]),
+        (SHARED, "messages", 2 * messages / SHARED_BYTES),
+    ]
 
 
 def totals(data: pd.DataFrame) -> pd.Series:
@@ -90,9 +110,9 @@ def bytes_a_cycle(record: Record, mhz: float) -> float:
 
 def cycles_a_tile(record: Record, point: Point) -> float:
     """Time of a call over the tiles that one SM multiplies in it, in cycles."""
-    rows = SHIPPED.serving_many(query_rows(point.workload)).rows
-    blocks = -(-query_rows(point.workload) // rows)
-    tiles = blocks * sum(-(-length // TOKENS) for length in point.workload.lengths)
+    tuning = SHIPPED.serving_many(query_rows(point.workload))
+    blocks = -(-query_rows(point.workload) // tuning.rows)
+    tiles = blocks * sum(-(-length // TOKENS) for length in point.workload.lengths) * tuning.cluster_ctas
     return point.per_call_us * clock_mhz(point, record) / (tiles / record.device.sms)
 
 
@@ -162,9 +182,9 @@ def _long_bursts(record: Record, kv: int = 16384) -> Iterable[Point]:
 def least_cycles(implementation: str, parts: pd.DataFrame) -> float:
     """Of what a rung does (``parts`` of ``budget``), the cycles of the unit that it needs longest."""
     missing = {
-        "block:stream": ("QKᵀ", "PV", "writes of P"),
-        "block:mma": ("reads", "writes by TMA", "writes of P"),
-        "block:skeleton": ("writes of P",),
+        "block:stream": ("QKᵀ", "PV", "writes of P", "messages"),
+        "block:mma": ("reads", "writes by TMA", "writes of P", "messages"),
+        "block:skeleton": ("writes of P", "messages"),
     }
     return totals(parts[~parts.part.isin(missing.get(implementation, ()))]).max()
 

@@ -111,9 +111,9 @@ def tuned(card):
 
 
 def test_ablations_are_over_the_shipped_variant(tuned, shown):
-    data = ablations.plot_ablations(tuned, ROWS)
+    data = ablations.plot_ablations(tuned, candidates.SHIPPED_ROWS)
     assert len(shown) == 1 and shown[0].stat().st_size < LIMIT_BYTES
-    assert set(data.rows) <= set(ROWS) and data.variant.is_unique
+    assert set(data.rows) <= set(candidates.SHIPPED_ROWS) and data.variant.is_unique
     assert set(data.variant) == {candidates.changes_of(name) for name in candidates.speeds(tuned.points)}
     assert (data.groupby("rows").gain.max() == 1).all()
     assert (data.gain <= 1).all() and "0 of" in ablations.in_words(data)
@@ -126,7 +126,7 @@ def test_a_variants_gain_is_over_all_that_its_rows_serve(card):
         names = (step.implementations[0], step.implementations[1])
         points += [card.point(name, step.workload, us=100 + 10 * i) for i, name in enumerate(names)]
     data = ablations.ablations(card.record("tuning", points))
-    assert sorted(data.rows) == [16, 16, 64, 64] and set(data.gain) == {1.0, 100 / 110}
+    assert sorted(data.rows) == [16, 16, 128, 128] and set(data.gain) == {1.0, 100 / 110}
     assert data.groupby("rows").workloads.max().sum() == 3
     assert set(ablations._labels(data.variant)) == {"as shipped", "programmatic=0"}
 

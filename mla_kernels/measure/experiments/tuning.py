@@ -11,9 +11,9 @@ import dataclasses
 from collections.abc import Iterator
 
 from mla_kernels.choice import SHIPPED
-from mla_kernels.tuning import ROWS
+from mla_kernels.tuning import PAIR_ROWS
 
-from ..candidates import best_table, name_of, shipped_rows
+from ..candidates import SHIPPED_ROWS, best_table, name_of, shipped_rows
 from ..experiment import Progress, run_steps
 from ..points import Step
 from ..records import Record, Variant, Workload
@@ -42,6 +42,7 @@ OF_64_ROWS = (
     ("score_registers=168", "producer_registers=24"),
     ("value_registers=152", "score_registers=176", "register_steps=20"),
 )
+OF_PAIRS = (("item_units=1",), ("group_slots=3", "rotary_slots=3"), ("register_steps=8",))
 # (h_q, b, kv) at which the shipped variants of all rows take turns, for what they cost: HBM has little to do
 COSTS = (
     (128, 1, 1024),
@@ -58,7 +59,7 @@ COSTS = (
 def candidates(workload: Workload) -> tuple[str, ...]:
     """Implementations to measure at a workload, the shipped variant first."""
     rows = shipped_rows(workload)
-    changes = (*EVERYWHERE, *(OF_64_ROWS if rows == 64 else OF_FEW_ROWS))
+    changes = (*EVERYWHERE, *{64: OF_64_ROWS, PAIR_ROWS: OF_PAIRS}.get(rows, OF_FEW_ROWS))
     own = [name_of(*c, rows=rows) for c in changes if not set(c) <= _shipped_choices(rows)]
     return (name_of(rows=rows), *own)
 
@@ -76,7 +77,7 @@ def steps(scope: str) -> Iterator[Step]:
         yield Step(workload, candidates(workload))
     if scope == "full":
         for h_q, b, length in COSTS:
-            yield Step(uniform(b, length, h_q=h_q), tuple(name_of(rows=rows) for rows in ROWS))
+            yield Step(uniform(b, length, h_q=h_q), tuple(name_of(rows=rows) for rows in SHIPPED_ROWS))
 
 
 def run(scope: str = "full", progress: Progress = print, **options) -> Record:
