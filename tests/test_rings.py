@@ -11,13 +11,13 @@ from mla_kernels.compiler import CUDA_DIR
 from tests import simulators
 from tests.simulators import DEADLOCK, HOST, TOO_MANY, play
 
-LAYOUTS = {  # of the ring, by query rows a CTA
-    tuning.rows: dict(tuning.kernel_config("bf16").defines) for tuning in active_table().variants
-}
-
+# Pairs of CTAs have a ring of their own: test_pair.py.
+ALONE = [tuning for tuning in active_table().variants if tuning.cluster_ctas == 1]
+LAYOUTS = {
+    tuning.rows: dict(tuning.kernel_config("bf16").defines) for tuning in ALONE
+}  # of the ring, by rows
 IN_PIECES = {  # the same for pages that are no tiles
-    tuning.rows: dict(tuning.kernel_config("bf16", pages="pieces").defines)
-    for tuning in active_table().variants
+    tuning.rows: dict(tuning.kernel_config("bf16", pages="pieces").defines) for tuning in ALONE
 }
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to run the warps on the CPU")
