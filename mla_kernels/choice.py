@@ -1,6 +1,7 @@
 """Which variant of the decode kernels serves which call: the one that a model of their costs expects to win.
 
-``SHIPPED`` is the table for an H200. ``MLA_KERNELS_TUNING`` names a record of the tuner (a JSON file that
+``SHIPPED`` is the table for an H200 (its entry of 128 rows is from an H100). ``MLA_KERNELS_TUNING`` names a
+record of the tuner (a JSON file that
 ``python -m mla_kernels.measure tune`` wrote on the GPU at hand) whose table is used instead.
 """
 

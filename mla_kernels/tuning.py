@@ -139,7 +139,13 @@ class DecodeTuning:
         require(
             slots == self.group_slots, "rotary_slots", slots, "group_slots", "a tile has one of each there"
         )
-        require(slots >= 3, "group_slots", slots, "at least 3", "three tiles are in use at a time")
+        require(
+            slots >= 3,
+            "group_slots",
+            slots,
+            "at least 3",
+            "two are in use, one under way",
+        )
         steps = self.register_steps
         fits = steps % STEPS_PER_BOX == 0 and STEPS_PER_BOX <= steps < GROUP_BOXES * STEPS_PER_BOX
         require(fits, "register_steps", steps, "4, 8 or 12", "take whole boxes")
@@ -361,8 +367,8 @@ def require(condition: bool, name: str, value: object, limit: str, remedy: str) 
         raise TuningError(f"{name} is {value}, must be {limit}: {remedy}")
 
 
-# Those that ship, by rows: for an H200. 128 accumulators of a value thread of 64 rows begin at R24, which
-# makes 154; the scores get what is left.
+# Those that ship, by rows: up to 64 for an H200, 128 for an H100. 128 accumulators of a value thread of 64
+# rows begin at R24, which makes 154; the scores get what is left.
 VARIANTS = {
     tuning.rows: tuning
     for tuning in (

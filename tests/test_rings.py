@@ -11,7 +11,7 @@ from mla_kernels.compiler import CUDA_DIR
 from tests import simulators
 from tests.simulators import DEADLOCK, HOST, TOO_MANY, play
 
-# Of the ring, by rows. (Pairs of CTAs have one of their own: test_pair.py.)
+# Pairs of CTAs have a ring of their own: test_pair.py.
 ALONE = [tuning for tuning in active_table().variants if tuning.cluster_ctas == 1]
 LAYOUTS = {
     tuning.rows: dict(tuning.kernel_config("bf16").defines) for tuning in ALONE

@@ -69,7 +69,8 @@ struct Attention : PairProducts {
         for (int i = 0; i < kHalfColumns / 2; ++i) o[i] *= (i & 2) ? factor_other : factor;
     }
     // Scores of a tile, of both CTAs -> P in `a`, O as its references want it. With kMayBeLarge the warpgroup is told to do the tile
-    // `again` where a row of either CTA has scores past kLargeScore. `complete()` is called when P has been sent.
+    // `again` where a row of either CTA has scores past kLargeScore. `complete()` is called when P has been
+    // sent, `deliver()` when the other's has come, so that scores may be sent.
     template <bool kMayBeLarge, class Complete, class Deliver>
     __device__ __forceinline__ void softmax(float (&x)[kScores], u32 ordinal, Complete complete, Deliver deliver) {
         u32 e[kScores / 2], other[kScores / 2];
@@ -125,7 +126,8 @@ struct Attention : PairProducts {
             a[step][1] = moved(other[step * 2]), a[step][3] = moved(other[step * 2 + 1]);
         }
     }
-    // The sums of the last tile, which is not to be done again.
+    // The sums of the last tile, which is not to be done again. (Under its values: `a` is read while WGMMA reads it, too, which PTX
+    // does not promise. It is not written, and ptxas keeps the order as it stands.)
     __device__ __forceinline__ void settle() {
         float rounded[2] = {};
 #pragma unroll

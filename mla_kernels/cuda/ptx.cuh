@@ -26,7 +26,8 @@ __device__ __forceinline__ u32 launder(u32 value) {
 }
 
 // The same value, in a uniform register. What branches, waits and descriptors depend on must be known to be the same in a warp:
-// else ptxas takes ordinary registers for it, and two moves to uniform ones for each WGMMA. (A shuffle tells it less.)
+// else ptxas takes ordinary registers for it, and two moves to uniform ones for each WGMMA. (`uniform` tells it less, but
+// costs less; lanes that differ give nonsense here.)
 __device__ __forceinline__ u32 in_uniform(u32 value) { return __reduce_or_sync(0xffffffffu, value); }
 
 // The same value, known to be the same in every lane: what is derived from it lives in uniform registers.

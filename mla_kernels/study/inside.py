@@ -244,6 +244,6 @@ def steps_in_words(data: pd.DataFrame) -> str:
     return (
         f"With {row['query rows']} rows a tile takes {stream:,.0f} cycles to load and {mma:,.0f} to "
         f"multiply, each alone. Both together take {skeleton:,.0f}, {skeleton - max(stream, mma):,.0f} more "
-        f"than the longer one. Softmax and the exchange of P add {decode - skeleton:,.0f}, which makes "
+        f"than the longer one. Softmax and what is exchanged add {decode - skeleton:,.0f}, which makes "
         f"{decode:,.0f}."
     )

@@ -1,4 +1,4 @@
-"""The variant of 128 query rows, by pairs of CTAs, against fp64 (the table that ships does not name it)."""
+"""The variant of 128 query rows, by pairs of CTAs, against fp64."""
 
 import functools
 

@@ -7,15 +7,15 @@ from mla_kernels import mla_decode
 from mla_kernels.measure.candidates import name_of, tuning_of
 from mla_kernels.measure.points import bind, check
 from mla_kernels.measure.workloads import explicit, materialize
-from mla_kernels.tuning import ROWS
+from mla_kernels.tuning import PAIR_ROWS, ROWS
 
 LENGTHS = (0, 1, 64, 1000, 4096, 20_000)
 
 
 @pytest.mark.parametrize("changes", [(), ("programmatic=0",)], ids=["shipped", "programmatic=0"])
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("rows", (*ROWS, PAIR_ROWS))
 def test_the_shipped_variant_is_the_operator(rows, changes):
-    inputs = materialize(explicit(LENGTHS, h_q=rows))
+    inputs = materialize(explicit(LENGTHS * (1 if rows < PAIR_ROWS else 12), h_q=rows))
     bound = bind(name_of(*changes, rows=rows), inputs)
     out, lse = bound.calls[0]()
     expected, expected_lse = mla_decode(
