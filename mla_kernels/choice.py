@@ -1,8 +1,8 @@
 """Which variant of the decode kernels serves which call: the one that a model of their costs expects to win.
 
 ``SHIPPED`` is the table for an H200 (its entry of 128 rows is from an H100). ``MLA_KERNELS_TUNING`` names a
-record of the tuner (a JSON file that
-``python -m mla_kernels.measure tune`` wrote on the GPU at hand) whose table is used instead.
+record of the tuner (a JSON file that ``python -m mla_kernels.measure tune`` wrote on the GPU at hand) whose
+table is used instead.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Collection
 from dataclasses import dataclass
 
-from .tuning import PAGES, PAIR_ROWS, ROWS, VARIANTS, DecodeTuning, Pages, TuningError, require
+from .tuning import PAGES, VARIANTS, DecodeTuning, Pages, TuningError, require
 
 VARIABLE = "MLA_KERNELS_TUNING"
 H200_SMS = 132
@@ -139,13 +138,7 @@ class TuningTable:
         return {tuning.rows: tuning for tuning in self.variants}[rows]
 
     def serving(
-        self,
-        query_rows: int,
-        b: int,
-        pages: int,
-        ctas: int = H200_SMS,
-        come: Pages = "tiles",
-        of_rows: Collection[int] = (*ROWS, PAIR_ROWS),
+        self, query_rows: int, b: int, pages: int, ctas: int = H200_SMS, come: Pages = "tiles"
     ) -> DecodeTuning:
         """The variant that is expected to be fastest.
 
@@ -158,7 +151,6 @@ class TuningTable:
             pages: of 64 tokens, of each sequence, or what the page table has room for.
             ctas: of a launch.
             come: how the pages come into tiles.
-            of_rows: the variants to choose from.
         """
 
         def expected(entry: tuple[Cost, DecodeTuning]) -> float:
@@ -166,7 +158,7 @@ class TuningTable:
             return cost.expected_us(Share.of(tuning, query_rows, b, pages, ctas), b * pages)
 
         def fits(tuning: DecodeTuning) -> bool:
-            return tuning.rows in of_rows and tuning.serves(come) and tuning.cluster_ctas <= ctas
+            return tuning.serves(come) and tuning.cluster_ctas <= ctas
 
         return min((entry for entry in self.entries if fits(entry[1])), key=expected)[1]
 

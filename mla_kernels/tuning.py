@@ -139,13 +139,7 @@ class DecodeTuning:
         require(
             slots == self.group_slots, "rotary_slots", slots, "group_slots", "a tile has one of each there"
         )
-        require(
-            slots >= 3,
-            "group_slots",
-            slots,
-            "at least 3",
-            "two are in use, one under way",
-        )
+        require(slots >= 3, "group_slots", slots, "at least 3", "two are in use, one under way")
         steps = self.register_steps
         fits = steps % STEPS_PER_BOX == 0 and STEPS_PER_BOX <= steps < GROUP_BOXES * STEPS_PER_BOX
         require(fits, "register_steps", steps, "4, 8 or 12", "take whole boxes")
@@ -229,10 +223,9 @@ class DecodeTuning:
         sums = 3 * self.rows * 4 + 3 * 8
         moved = self.rotary_slots * self.rows * 4 + self.rotary_slots * (16 if self.rows == 64 else 4)
         across_warps = 0 if self.rows == 64 else 4 * self.rows * 4
-        queue = _up(3 * _WORK_ITEM, 8) + 6 * 8
         end = end + sums + moved + across_warps
         end = _up(end, 8) + (0 if self.rows == 64 else 4 * self.rows * 8 + self.rows * 4)
-        end = _up(end, 8) + queue + _WORK_ITEM
+        end = _up(end, 8) + _QUEUE + _WORK_ITEM
         end = _up(end, 8 if self.rows == 64 else 1024)
         rest = end - values - rotary - queries
         return (
@@ -248,10 +241,8 @@ class DecodeTuning:
         ring = 2 * 8 * self.group_slots
         messages = 2 * WARPGROUP * (64 + 32)  # partial scores, then P, of each thread that attends
         barriers, again = 2 * 8 * 8, 8
-        queue = _up(3 * _WORK_ITEM, 8) + 6 * 8 + _WORK_ITEM
         schedule = 32 * _WORK_RANGE
-        rest = _up(ring, 16) + again + barriers + queue + schedule
-        rest = _up(rest, 16)
+        rest = _up(_up(ring, 16) + again + barriers + _QUEUE + _WORK_ITEM + schedule, 16)
         return (
             ("values", values),
             ("rotary columns", rotary),
@@ -360,6 +351,9 @@ _WORK_ITEM, _WORK_RANGE = 48, 48
 
 def _up(size: int, alignment: int) -> int:
     return -(-size // alignment) * alignment
+
+
+_QUEUE = _up(3 * _WORK_ITEM, 8) + 6 * 8  # sizeof(ItemQueue): three items, their barriers
 
 
 def require(condition: bool, name: str, value: object, limit: str, remedy: str) -> None:

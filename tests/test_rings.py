@@ -13,9 +13,8 @@ from tests.simulators import DEADLOCK, HOST, TOO_MANY, play
 
 # Pairs of CTAs have a ring of their own: test_pair.py.
 ALONE = [tuning for tuning in active_table().variants if tuning.cluster_ctas == 1]
-LAYOUTS = {
-    tuning.rows: dict(tuning.kernel_config("bf16").defines) for tuning in ALONE
-}  # of the ring, by rows
+# By query rows a CTA.
+LAYOUTS = {tuning.rows: dict(tuning.kernel_config("bf16").defines) for tuning in ALONE}
 IN_PIECES = {  # the same for pages that are no tiles
     tuning.rows: dict(tuning.kernel_config("bf16", pages="pieces").defines) for tuning in ALONE
 }

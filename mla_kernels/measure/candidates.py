@@ -10,14 +10,14 @@ import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from mla_kernels.choice import H200_SMS, PAGE_US, SHIPPED, Cost, Share, TuningTable
 from mla_kernels.compiler import CompileError, KernelConfig, compile_kernel
-from mla_kernels.tuning import PAIR_ROWS, ROWS, DecodeTuning, TuningError
+from mla_kernels.tuning import PAIR_ROWS, DecodeTuning, TuningError
 
 from .figures import DECODE, query_rows
 from .records import Point, Record, Workload
@@ -29,6 +29,8 @@ HBM_IDLE = 0.7  # of the time of its tiles a call may wait for HBM, and still te
 LEAST_POINTS = 5  # to fit a cost's three terms
 FIT_ROUNDS = 10
 SHIPPED_ROWS = tuple(tuning.rows for tuning in SHIPPED.variants)
+# What shipped when some records were made: no pairs of CTAs.
+BEFORE_PAIRS = TuningTable(tuple(entry for entry in SHIPPED.entries if entry[1].rows != PAIR_ROWS))
 
 
 def is_candidate(implementation: str) -> bool:
@@ -107,8 +109,7 @@ def speeds(points: Iterable[Point]) -> dict[str, dict]:
             timed[point.workload][point.implementation] = point.per_call_us
     found: dict[str, dict] = defaultdict(dict)
     for workload, times in timed.items():
-        # a record may be older than pairs of CTAs
-        rows = shipped_rows(workload, SHIPPED_ROWS if name_of(rows=PAIR_ROWS) in times else ROWS)
+        rows = shipped_rows(workload, SHIPPED if name_of(rows=PAIR_ROWS) in times else BEFORE_PAIRS)
         shipped = times.get(name_of(rows=rows))
         if shipped is not None:
             for name, us in times.items():
@@ -117,10 +118,9 @@ def speeds(points: Iterable[Point]) -> dict[str, dict]:
     return dict(found)
 
 
-def shipped_rows(workload: Workload, of_rows: Collection[int] = SHIPPED_ROWS) -> int:
-    """Rows of the shipped variant that serves a workload, of those with ``of_rows``."""
-    pages = table_width(workload)
-    return SHIPPED.serving(query_rows(workload), workload.b, pages, of_rows=of_rows).rows
+def shipped_rows(workload: Workload, table: TuningTable = SHIPPED) -> int:
+    """Rows a CTA of the variant that serves a workload."""
+    return table.serving(query_rows(workload), workload.b, table_width(workload)).rows
 
 
 def gain(ratios: Mapping) -> float:

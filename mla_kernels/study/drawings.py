@@ -27,10 +27,9 @@ def plan_table(tunings: Iterable[DecodeTuning]) -> pd.DataFrame:
     """KB of each part of shared memory, one row a variant."""
     rows = []
     for tuning in tunings:
-        parts = {name: size / 1024 for name, size in tuning.shared_plan()}
-        rows.append({"rows": tuning.rows, **parts, "all": tuning.shared_bytes / 1024})
-    parts = dict.fromkeys(name for row in rows for name in row if name not in ("rows", "all"))
-    return pd.DataFrame(rows, columns=["rows", *parts, "all"]).fillna(0.0)
+        rows.append({"rows": tuning.rows, **{name: size / 1024 for name, size in tuning.shared_plan()}})
+    data = pd.DataFrame(rows).fillna(0.0)  # not every variant has every part
+    return data.assign(all=data.drop(columns="rows").sum(axis=1))
 
 
 def plot_shared_plan() -> pd.DataFrame:

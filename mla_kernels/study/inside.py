@@ -43,26 +43,29 @@ def budget(tuning: DecodeTuning, hbm_bytes_a_cycle: float, sharing: int = 1) -> 
     ``hbm_bytes_a_cycle``: what the memory gives one SM. ``sharing``: CTAs that read the same tile side by
     side, so that all but the first find it in the L2.
     """
-    if tuning.rows == PAIR_ROWS:
-        parts = _needs_of_pair(tuning)
-    elif tuning.rows == 64:
-        parts = _needs_of_64(tuning)
-    else:
-        qk, count = instruction(TOKENS, tuning.rows), PV_STEPS * COLUMNS_V // 64
-        parts = [
-            (TENSOR, "QKᵀ", QK_STEPS * qk[0]),
-            (TENSOR, "PV", count * qk[0]),
-            (SHARED, "QKᵀ", QK_STEPS * qk[1]),
-            (SHARED, "PV", count * qk[1]),
-        ]
-    if tuning.rows != PAIR_ROWS:
-        parts.append((SHARED, "writes of P", tuning.rows * TOKENS * 2 / SHARED_BYTES))
+    needs = {64: _needs_of_64, PAIR_ROWS: _needs_of_pair}.get(tuning.rows, _needs_of_few_rows)
     tile_bytes = TILE_BYTES / tuning.cluster_ctas
-    parts += [
+    parts = [
+        *needs(tuning),
         (SHARED, "writes by TMA", tile_bytes / SHARED_BYTES),
         (HBM, "reads", tile_bytes / sharing / hbm_bytes_a_cycle),
     ]
     return pd.DataFrame(parts, columns=["unit", "part", "cycles"])
+
+
+def _needs_of_few_rows(tuning: DecodeTuning) -> list[tuple[str, str, float]]:
+    product, count = instruction(TOKENS, tuning.rows), PV_STEPS * COLUMNS_V // 64
+    return [
+        (TENSOR, "QKᵀ", QK_STEPS * product[0]),
+        (TENSOR, "PV", count * product[0]),
+        (SHARED, "QKᵀ", QK_STEPS * product[1]),
+        (SHARED, "PV", count * product[1]),
+        _writes_of_p(tuning),
+    ]
+
+
+def _writes_of_p(tuning: DecodeTuning) -> tuple[str, str, float]:
+    return SHARED, "writes of P", tuning.rows * TOKENS * 2 / SHARED_BYTES
 
 
 def _needs_of_64(tuning: DecodeTuning) -> list[tuple[str, str, float]]:
@@ -73,18 +76,19 @@ def _needs_of_64(tuning: DecodeTuning) -> list[tuple[str, str, float]]:
         (TENSOR, "PV", count * pv[0]),
         (SHARED, "QKᵀ", kept * instruction(64, TOKENS, 1)[1] + (QK_STEPS - kept) * qk[1]),
         (SHARED, "PV", count * pv[1]),
+        _writes_of_p(tuning),
     ]
 
 
 def _needs_of_pair(tuning: DecodeTuning) -> list[tuple[str, str, float]]:
     """Of a CTA: half of the columns for two warpgroups of 64 rows; messages are written and read."""
-    kept, steps = 2 * tuning.register_steps, QK_STEPS  # 18 for each warpgroup
+    kept = 2 * tuning.register_steps  # of the 36 steps that its warpgroups have together
     qk, pv = instruction(64, TOKENS), instruction(64, COLUMNS_V // 2, 1)
     messages = dict(tuning.shared_plan())["messages"]
     return [
-        (TENSOR, "QKᵀ", steps * qk[0]),
+        (TENSOR, "QKᵀ", QK_STEPS * qk[0]),
         (TENSOR, "PV", 2 * PV_STEPS * pv[0]),
-        (SHARED, "QKᵀ", kept * instruction(64, TOKENS, 1)[1] + (steps - kept) * qk[1]),
+        (SHARED, "QKᵀ", kept * instruction(64, TOKENS, 1)[1] + (QK_STEPS - kept) * qk[1]),
         (SHARED, "PV", 2 * PV_STEPS * pv[1]),
         (SHARED, "messages", 2 * messages / SHARED_BYTES),
     ]
