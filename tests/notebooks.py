@@ -11,7 +11,11 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[1]
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("**/[!.]*.ipynb"))
+NOTEBOOKS = sorted(
+    path
+    for path in (ROOT / "notebooks").glob("**/[!.]*.ipynb")
+    if ".ipynb_checkpoints" not in path.parts  # what JupyterLab leaves, ignored by git
+)
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
