@@ -171,7 +171,8 @@ class DecodeTuning:
         """Of an item, so that a unit of each and its rows' stats have room in the ring (cuda/merge.cuh)."""
         (_, values), (_, rotary), *_ = self.shared_plan()
         runs = 2 if self.rows == 64 else 1
-        return (values + rotary) // (runs * 512 + min(self.rows, 32) * 12)  # a slice is of two warps at most
+        warp_rows = self.rows if self.rows < 64 else 16  # where slices are of two warps, parts are few
+        return (values + rotary) // (runs * 512 + warp_rows * 12 + 8 * 4)  # and each value warp has a scale
 
     @property
     def cluster_ctas(self) -> int:

@@ -39,6 +39,12 @@ def test_no_race_in_many_cases(rows: int, tmp_path: Path) -> None:
     assert [play(rings, cases=1500, seed=seed) for seed in (1, 4)] == ["ok", "ok"]
 
 
+@pytest.mark.parametrize("rows", [8, 64])
+def test_parts_in_fp32(rows: int, tmp_path: Path) -> None:
+    """As they are beside fp16 elements."""
+    assert play(build(tmp_path, rows, MLA_BF16=0), cases=600) == "ok"
+
+
 @pytest.mark.parametrize("rows", LAYOUTS)
 def test_pages_in_pieces_and_ragged_queries(rows: int, tmp_path: Path) -> None:
     rings = build(tmp_path, rows, **IN_PIECES[rows])
@@ -72,9 +78,10 @@ PAST_TILES = "a copy goes past the tiles"
 
 @dataclass(frozen=True)
 class Fault(simulators.Fault):
-    """One that shows with some number of query rows a CTA."""
+    """One that shows with some number of query rows a CTA, or with the shortest ring."""
 
     rows: int = 64
+    shortest: bool = False
 
 
 READ_AND_RELEASE = (
@@ -82,11 +89,10 @@ READ_AND_RELEASE = (
     "        smem.ring.release(ordinal, kHalf);\n",
 )
 WRITE_AND_ANNOUNCE = (
-    "#pragma unroll\n"
-    "    for (int j = 0; j < kVectors<kRows>; ++j) o[j][thread % 32] = values.vector(j);\n"
-    "    __syncwarp();\n",
-    "    if ((threadIdx.x & 31) == 0) red_add_release(&p.arrivals[2 * w.first_cta], 1);\n",
+    "    if (lane == 0) slot.one[warp] = power_of_two(254 - exponent);\n    __syncwarp();\n",
+    "    if (lane == 0) red_add_release(&p.arrivals[2 * w.first_cta], 1);\n",
 )
+SHORTEST = {"MLA_GROUP_SLOTS": 3, "MLA_ROTARY_SLOTS": 2}
 MERGE_MEETING = "named_barrier_sync(kBarrierMerge, kMergeThreads);"
 
 FAULTS = {
@@ -177,7 +183,7 @@ FAULTS = {
     ),
     "pieces are added before they have landed": Fault("copy_async_wait<0>();", "", (WRONG_PARTS, NOT_WAITED)),
     "pieces are replaced while a warp adds them": Fault(
-        f"{MERGE_MEETING}  // all have read the chunk", "", (WRONG_PARTS,)
+        f"{MERGE_MEETING}  // all have read the chunk", "", (WRONG_PARTS,), shortest=True
     ),
     "sums replace pieces that a warp adds": Fault(
         f"{MERGE_MEETING}  // all have read the parts", "", (WRONG_PARTS,), rows=8
@@ -207,10 +213,8 @@ def test_a_fault_is_seen(fault: Fault, tmp_path: Path) -> None:
     ]  # not run here
     [path] = [path for path in files if fault.before in path.read_text()]
     path.write_text(path.read_text().replace(fault.before, fault.after))
-    assert play(build(tmp_path, fault.rows, sources, headers), cases=1000) in fault.complaints
-
-
-SHORTEST = {"MLA_GROUP_SLOTS": 3, "MLA_ROTARY_SLOTS": 2}
+    ring = SHORTEST if fault.shortest else {}
+    assert play(build(tmp_path, fault.rows, sources, headers, **ring), cases=1000) in fault.complaints
 
 
 @pytest.mark.parametrize("rows", [8, 64])

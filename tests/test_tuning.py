@@ -178,7 +178,7 @@ def test_parts_of_all_ctas_have_room_in_what_ships(tuning):
 def test_a_short_ring_merges_fewer_parts():
     """Else a merge would take no unit at a time, and never end."""
     short = replaced(group_slots=4)
-    slice_bytes = 2 * 512 + 32 * 12  # a unit of each half, and the stats of two warps' rows
+    slice_bytes = 2 * 512 + 16 * 12 + 8 * 4  # a unit of each half, the stats of a warp's rows, scales
     ring = (4 * 4 + short.rotary_slots) * tuning.BOX_BYTES
     assert short.most_parts * slice_bytes <= ring < (short.most_parts + 1) * slice_bytes
     assert short.most_parts < 132

@@ -1,6 +1,6 @@
 // The end of split items: every CTA that has one as its last item merges a slice of it, so that nobody merges twice.
 //
-// A unit is what one value warp holds of one vector, 512 bytes of a part; a slice is a run of units, of neighbouring warps.
+// A unit is 512 bytes of a part, of one value warp; a slice is a run of units, of neighbouring warps.
 // All is latency here, and code that runs once is not in the instruction cache: copies bring every part's piece of the slice
 // at once into the place of the tiles, and what follows is short. (Bulk copies take 100 cycles each to issue from the lanes
 // of a warp: 4 us for 64 parts.)
@@ -15,8 +15,12 @@ template <int kRows, class Fragment, int kBytes>
 struct Merge {
     // Where warps have rows of their own: one a half of the columns, and of a pair of CTAs each merges its half.
     static constexpr int kRuns = Fragment::kWarpStride > 0 && kClusterCtas == 1 ? kGroups : 1;
-    static constexpr int kUnits = kVectors<kRows> * (kValueThreads / 32) / (kRuns * kClusterCtas);
+    static constexpr int kOwnWarps = kValueThreads / 32 / kClusterCtas;  // value warps whose share this CTA merges
+    static constexpr int kUnits = kWarpUnits<kRows> * kOwnWarps / kRuns;
     static constexpr int kWarps = kMergeThreads / 32, kUnitBytes = 512;
+    struct Sum {
+        float4 vector[kUnitVectors];
+    };
 
     const DecodeParams& p;
     const WorkItem w;
@@ -29,20 +33,22 @@ struct Merge {
     const int first_row = warp_of(begin) * Fragment::kWarpStride;
     const int rows = (warp_of(end - 1) - warp_of(begin)) * Fragment::kWarpStride + Fragment::kWarpRows;
     // Units at a time: all of them, unless there are many parts and few slices.
-    const int chunk = min(end - begin, (kBytes - parts * rows * static_cast<int>(sizeof(RowStats))) / (parts * kRuns * kUnitBytes));
+    const int chunk = min(end - begin, (kBytes - parts * (rows * static_cast<int>(sizeof(RowStats)) + kOwnWarps * 4)) / (parts * kRuns * kUnitBytes));
 
     __device__ static int half_of(int run) { return kClusterCtas == 2 ? cluster_rank() : run; }
-    __device__ static int warp_of(int unit) { return unit / kVectors<kRows>; }
-    __device__ RowStats* stats() const { return reinterpret_cast<RowStats*>(memory + parts * chunk * kRuns * kUnitBytes); }
-    __device__ float4* piece(int part_and_run, int units) const { return reinterpret_cast<float4*>(memory + part_and_run * units * kUnitBytes); }
+    __device__ static int warp_of(int unit) { return unit / kWarpUnits<kRows>; }
+    __device__ static int value_warp(int unit, int run) { return half_of(run) * (kUnits / kWarpUnits<kRows>) + warp_of(unit); }
+    __device__ float* ones(int part) const { return reinterpret_cast<float*>(memory + parts * chunk * kRuns * kUnitBytes) + part * kOwnWarps; }
+    __device__ RowStats* stats() const { return reinterpret_cast<RowStats*>(ones(parts)); }
+    __device__ uint4* piece(int part_and_run, int units) const { return reinterpret_cast<uint4*>(memory + part_and_run * units * kUnitBytes); }
 
     __device__ const PartialSlot<kRows>& slot(int part) const { return slots[part == 0 ? 0 : part * stride - 1]; }
 
     __device__ void load_units(int first, int units) const {
 #pragma unroll 2
         for (int i = warp; i < parts * kRuns; i += kWarps) {
-            const float4* o = slot(i / kRuns).o[0][0] + (half_of(i % kRuns) * kUnits + first) * 32 + lane;
-            float4* to = piece(i, units) + lane;
+            const uint4* o = slot(i / kRuns).o[0][0] + (half_of(i % kRuns) * kUnits + first) * 32 + lane;
+            uint4* to = piece(i, units) + lane;
 #pragma unroll 4
             for (int u = 0; u < units; ++u) copy_async(to + u * 32, o + u * 32);
         }
@@ -54,6 +60,7 @@ struct Merge {
             const auto* from = reinterpret_cast<const float4*>(&slot(k).stats[first_row]);
             auto* to = reinterpret_cast<float4*>(stats() + k * rows);
             for (int i = lane; i < vectors; i += 32) copy_async(to + i, from + i);
+            if (lane < kOwnWarps / 4) copy_async(ones(k) + lane * 4, slot(k).one + (kClusterCtas == 2 ? half_of(0) * kOwnWarps : 0) + lane * 4);
         }
     }
 
@@ -83,32 +90,42 @@ struct Merge {
             const float inverse = inverse_sum(n);
 #pragma unroll 1
             for (int k = own; k < parts; k += kLanes) of_row[k * rows].m = rescale_factor(of_row[k * rows].m, m) * inverse;
-            const int r = first_row + row, first_unit = r / Fragment::kWarpRows * kVectors<kRows>;
+            const int r = first_row + row, first_unit = r / Fragment::kWarpRows * kWarpUnits<kRows>;
             if (own == 0 && r < valid_rows<kRows>(p, w) && first_unit >= begin && first_unit < end)
                 store_lse(p, w.request, first_query(p, w), w.row_block * kRows + r, natural_lse(m, l));
         }
     }
 
     // One warp: unit `first + u` of run `run`, over parts `team`, `team + teams`, ...
-    __device__ float4 sum(int first, int u, int run, int units, int team, int teams) const {
-        const int owner = (half_of(run) * (kUnits / kVectors<kRows>) + warp_of(first + u)) * 32 + lane, vector = (first + u) % kVectors<kRows>;
-        const RowStats* weights[2];
+    __device__ Sum sum(int first, int u, int run, int units, int team, int teams) const {
+        const int warp = value_warp(first + u, run), owner = warp * 32 + lane;
+        const RowStats* weights[kUnitVectors][2];
 #pragma unroll
-        for (int e = 0; e < 2; ++e)  // an element's slot repeats: 0 0 1 1 or 0 1 0 1
-            weights[e] = stats() + Fragment::row(owner, Fragment::slot(vector, e * Fragment::kSlotStep)) - first_row;
-        float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
+        for (int i = 0; i < kUnitVectors; ++i)
+#pragma unroll
+            for (int e = 0; e < 2; ++e)  // an element's slot repeats: 0 0 1 1 or 0 1 0 1
+                weights[i][e] = stats() + Fragment::row(owner, Fragment::slot(vector_of(first + u) + i, e * Fragment::kSlotStep)) - first_row;
+        Sum v = {};
 #pragma unroll 4
         for (int k = team; k < parts; k += teams) {
-            const float x = weights[0][k * rows].m, y = weights[1][k * rows].m;
-            const float4 o = piece(k * kRuns + run, units)[u * 32 + lane];
-            v = Fragment::kSlotStep == 2 ? weighted(v, o, x, x, y, y) : weighted(v, o, x, y, x, y);
+            float4 o[kUnitVectors];
+            unpack_unit(piece(k * kRuns + run, units)[u * 32 + lane], o);
+            const float one = ones(k)[warp % kOwnWarps];
+#pragma unroll
+            for (int i = 0; i < kUnitVectors; ++i) {
+                const float x = weights[i][0][k * rows].m * one, y = weights[i][1][k * rows].m * one;
+                v.vector[i] = Fragment::kSlotStep == 2 ? weighted(v.vector[i], o[i], x, x, y, y) : weighted(v.vector[i], o[i], x, y, x, y);
+            }
         }
         return v;
     }
+    __device__ static int vector_of(int unit) { return unit % kWarpUnits<kRows> * kUnitVectors; }
 
-    __device__ void store(int unit, int run, float4 v) const {
-        const int owner = (half_of(run) * (kUnits / kVectors<kRows>) + warp_of(unit)) * 32 + lane;
-        Fragment::store_one(out_row(p, first_query(p, w), w.row_block * kRows), valid_rows<kRows>(p, w), owner, unit % kVectors<kRows>, v);
+    __device__ void store(int unit, int run, const Sum& v) const {
+#pragma unroll
+        for (int i = 0; i < kUnitVectors; ++i)
+            Fragment::store_one(out_row(p, first_query(p, w), w.row_block * kRows), valid_rows<kRows>(p, w), value_warp(unit, run) * 32 + lane,
+                                vector_of(unit) + i, v.vector[i]);
     }
 
     __device__ void operator()() const {
@@ -137,14 +154,16 @@ struct Merge {
                     store(first + job / kRuns, job % kRuns, sum(first, job / kRuns, job % kRuns, units, 0, 1));
             } else {  // warps share a unit's parts, and the first adds what the others have
                 const int teams = kWarps / jobs, team = warp / jobs, job = warp % jobs;
-                float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
+                Sum v = {};
                 if (team < teams) v = sum(first, job / kRuns, job % kRuns, units, team, teams);
-                auto* sums = reinterpret_cast<float4*>(memory) + lane;
+                auto* sums = reinterpret_cast<Sum*>(memory) + lane;
                 named_barrier_sync(kBarrierMerge, kMergeThreads);  // all have read the parts
                 sums[warp * 32] = v;
                 named_barrier_sync(kBarrierMerge, kMergeThreads);
                 if (team == 0) {
-                    for (int other = 1; other < teams; ++other) v = weighted(v, sums[(warp + other * jobs) * 32], 1.f, 1.f, 1.f, 1.f);
+                    for (int other = 1; other < teams; ++other)
+#pragma unroll
+                        for (int i = 0; i < kUnitVectors; ++i) v.vector[i] = weighted(v.vector[i], sums[(warp + other * jobs) * 32].vector[i], 1.f, 1.f, 1.f, 1.f);
                     store(first + job / kRuns, job % kRuns, v);
                 }
             }

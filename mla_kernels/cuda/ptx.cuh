@@ -246,25 +246,33 @@ __device__ __forceinline__ void wgmma_ss_n64_narrow(float (&d)[32], u32 a, u32 b
 
 // ---- fragments ---------------------------------------------------------------------------------------------------
 
-// Two fp32 -> two 16-bit elements in one register, `low` in the lower half.
-__device__ __forceinline__ u32 pack_elements(float low, float high) {
+// Two fp32 -> two fp16 in one register, `low` in the lower half; and back.
+__device__ __forceinline__ u32 pack_halves(float low, float high) {
     u32 packed;
-#if MLA_BF16
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-#else
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-#endif
     return packed;
 }
+__device__ __forceinline__ float2 unpack_halves(u32 packed) {
+    float2 v;
+    asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %2;\ncvt.f32.f16 %0, l;\ncvt.f32.f16 %1, h;\n}\n" : "=f"(v.x), "=f"(v.y) : "r"(packed));
+    return v;
+}
 
-// The two elements of a register.
+// The same of 16-bit elements, bf16 or fp16.
+__device__ __forceinline__ u32 pack_elements(float low, float high) {
+#if MLA_BF16
+    u32 packed;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+    return packed;
+#else
+    return pack_halves(low, high);
+#endif
+}
 __device__ __forceinline__ float2 unpack_elements(u32 packed) {
 #if MLA_BF16
     return make_float2(__uint_as_float(packed << 16), __uint_as_float(packed & 0xffff0000u));
 #else
-    float2 v;
-    asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %2;\ncvt.f32.f16 %0, l;\ncvt.f32.f16 %1, h;\n}\n" : "=f"(v.x), "=f"(v.y) : "r"(packed));
-    return v;
+    return unpack_halves(packed);
 #endif
 }
 

@@ -29,6 +29,8 @@
 #define atomic_add_relaxed ptx_atomic_add_relaxed
 #define exp2_approx ptx_exp2_approx
 #define pack_elements ptx_pack_elements
+#define pack_halves ptx_pack_halves
+#define unpack_halves ptx_unpack_halves
 #define launder ptx_launder
 #include "ptx.cuh"
 #undef mbarrier_init
@@ -53,6 +55,8 @@
 #undef atomic_add_relaxed
 #undef exp2_approx
 #undef pack_elements
+#undef pack_halves
+#undef unpack_halves
 #undef launder
 
 static std::mt19937 generator;
@@ -77,6 +81,16 @@ static void setmaxnreg_inc() {}
 template <int>
 static void setmaxnreg_dec() {}
 static float exp2_approx(float x) { return std::exp2(x); }
+static u32 pack_halves(float low, float high) {
+    const _Float16 two[2] = {static_cast<_Float16>(low), static_cast<_Float16>(high)};
+    return __builtin_bit_cast(u32, two);
+}
+static float2 unpack_halves(u32 packed) {
+    struct {
+        _Float16 low, high;
+    } two = __builtin_bit_cast(decltype(two), packed);
+    return {static_cast<float>(two.low), static_cast<float>(two.high)};
+}
 static u32 pack_elements(float low, float high) { return __builtin_bit_cast(u32, low == high ? low : kNan); }
 
 // ---- barriers ----------------------------------------------------------------------------------------------------

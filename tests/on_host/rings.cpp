@@ -76,11 +76,11 @@ static void check_results() {
             if (params.arrivals[2 * w.first_cta] != left || params.arrivals[2 * w.first_cta + 1] != 0)
                 fail("counters are not as the next launch expects them");
         }
-        const int runs = kStreamedQueries ? 2 : 1, units = kVectors<kRows> * kValueWarps / runs;
+        const int runs = kStreamedQueries ? 2 : 1, units = kWarpUnits<kRows> * kValueWarps / runs;
         const int begin = !is_split(w) ? 0 : merges(w) ? slice_begin(w, w.part) : units;
         const int end = !is_split(w) || !merges(w) ? units : slice_begin(w, w.part + 1);
         for (int row = 0; row < valid_rows<kRows>(params, w); ++row) {
-            const int unit = kStreamedQueries ? row / 16 * kVectors<kRows> : 0;
+            const int unit = kStreamedQueries ? row / 16 * kWarpUnits<kRows> : 0;
             float sum = 0.f;
             for (int part = 0; part < w.parts; ++part) {
                 const RowStats stats = stats_of(w, part, row);
@@ -95,10 +95,10 @@ static void check_results() {
         if (w.tiles == 0 || begin == end) continue;
         ++results;
         const auto& vectors = stored[out_row(params, first_query(params, w), w.row_block * kRows)];
-        if (std::count(vectors.begin(), vectors.end(), 1) != (end - begin) * runs * 32) fail("a result was not stored");
+        if (std::count(vectors.begin(), vectors.end(), 1) != (end - begin) * kUnitVectors * runs * 32) fail("a result was not stored");
         for (int i = 0; i < static_cast<int>(vectors.size()); ++i) {
             const int warp = i / kVectors<kRows> / 32 % (kValueWarps / runs);
-            const int unit = warp * kVectors<kRows> + i % kVectors<kRows>;
+            const int unit = warp * kWarpUnits<kRows> + i % kVectors<kRows> / kUnitVectors;
             if (vectors[i] != (begin <= unit && unit < end)) fail("a result of another slice was stored");
         }
     }
