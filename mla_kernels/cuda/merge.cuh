@@ -106,7 +106,7 @@ struct Merge {
             for (int e = 0; e < 2; ++e)  // an element's slot repeats: 0 0 1 1 or 0 1 0 1
                 weights[i][e] = stats() + Fragment::row(owner, Fragment::slot(vector_of(first + u) + i, e * Fragment::kSlotStep)) - first_row;
         Sum v = {};
-#pragma unroll 4
+#pragma unroll 2
         for (int k = team; k < parts; k += teams) {
             float4 o[kUnitVectors];
             unpack_unit(piece(k * kRuns + run, units)[u * 32 + lane], o);
