@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import statistics
 
 import pytest
 import torch
@@ -15,35 +17,88 @@ from mla_kernels.tuning import PAGES, PAIR_ROWS, ROWS, VARIANTS, TuningError
 COST = Cost(5.0, 1.0, 3.0)
 ALL_ROWS = (*ROWS, PAIR_ROWS)
 SMS = 132
-# Microseconds on one H200 by (h_q, b, kv), in the order of ROWS.
+# Microseconds on one H100 by (h_q, b, kv), of the rows that might serve, 128 a pair of CTAs.
 MEASURED = {
-    (16, 1, 1024): (9.2, 9.7, 11.1, 14.0),
-    (16, 64, 1024): (25.7, 28.9, 32.1, 38.6),
-    (16, 64, 4096): (82.8, 79.7, 83.6, 90.1),
-    (32, 4, 4096): (17.4, 14.9, 16.4, 21.1),
-    (32, 64, 1024): (45.3, 28.7, 32.5, 38.8),
-    (64, 4, 4096): (26.7, 19.2, 17.8, 21.2),
-    (64, 64, 1024): (86.2, 50.7, 34.3, 39.6),
-    (128, 1, 4096): (17.1, 14.2, 14.7, 18.5),
-    (128, 4, 4096): (45.7, 29.7, 23.3, 23.4),
-    (128, 16, 4096): (157.3, 89.1, 61.4, 47.0),
-}
-# Microseconds on one H100 by (h_q, s_q, b, kv): 64 rows, a pair of CTAs for 128.
-BY_MANY_ROWS = {
-    (128, 1, 4, 16384): (52.6, 50.9),
-    (128, 1, 16, 4096): (52.9, 52.2),
-    (128, 1, 16, 65536): (520.1, 483.3),
-    (128, 1, 32, 16384): (267.0, 253.4),
-    (128, 1, 40, 3000): (89.7, 96.2),
-    (128, 1, 64, 4096): (137.5, 130.9),
-    (128, 1, 128, 4096): (269.0, 251.1),
-    (128, 1, 128, 16384): (1107.0, 966.6),
-    (128, 4, 64, 4096): (532.9, 475.6),
-    (100, 1, 32, 16384): (265.5, 249.3),
-    (80, 1, 128, 4096): (260.4, 238.3),
-    (64, 2, 64, 16384): (507.9, 476.8),
-    (64, 1, 64, 16384): (429.7, 450.4),
-    (64, 1, 128, 4096): (220.5, 251.6),
+    (16, 1, 1024): {8: 9.1, 16: 10.2},
+    (16, 1, 4096): {8: 11.6, 16: 12.5},
+    (16, 1, 16384): {8: 16.6, 16: 19.6},
+    (16, 1, 65536): {8: 35.7, 16: 38.8},
+    (16, 4, 1024): {8: 9.9, 16: 10.5},
+    (16, 4, 4096): {8: 15.2, 16: 15.6},
+    (16, 4, 16384): {8: 34.4, 16: 35.1},
+    (16, 4, 65536): {8: 109.9, 16: 109.0},
+    (16, 16, 1024): {8: 14.4, 16: 14.7},
+    (16, 16, 4096): {8: 33.6, 16: 34.0},
+    (16, 16, 16384): {8: 109.1, 16: 108.8},
+    (16, 32, 1024): {8: 20.8, 16: 21.3},
+    (16, 64, 1024): {8: 31.4, 16: 34.5},
+    (16, 64, 4096): {8: 106.7, 16: 108.7},
+    (16, 128, 1024): {8: 57.8, 16: 57.2},
+    (16, 128, 4096): {8: 208.1, 16: 206.8},
+    (32, 1, 1024): {8: 8.9, 16: 9.7, 32: 11.4},
+    (32, 1, 4096): {8: 10.9, 16: 12.6, 32: 15.8},
+    (32, 1, 16384): {8: 17.8, 16: 17.4, 32: 25.3},
+    (32, 1, 65536): {8: 45.2, 16: 37.0, 32: 44.3},
+    (32, 4, 1024): {8: 10.0, 16: 10.7, 32: 13.2},
+    (32, 4, 4096): {8: 17.0, 16: 15.7, 32: 18.2},
+    (32, 4, 16384): {8: 44.2, 16: 35.4, 32: 37.4},
+    (32, 4, 65536): {16: 112.3, 32: 112.0},
+    (32, 16, 1024): {8: 16.8, 16: 15.1, 32: 16.9},
+    (32, 16, 4096): {8: 44.1, 16: 34.7, 32: 36.1},
+    (32, 16, 16384): {16: 111.8, 32: 111.2},
+    (32, 32, 1024): {8: 23.5, 16: 22.4, 32: 23.1},
+    (32, 64, 1024): {8: 44.0, 16: 33.4, 32: 37.3},
+    (32, 64, 4096): {16: 110.3, 32: 112.5},
+    (32, 128, 1024): {8: 84.3, 16: 61.4, 32: 59.9},
+    (32, 128, 4096): {16: 214.6, 32: 210.4},
+    (64, 1, 1024): {8: 9.1, 16: 9.8, 32: 11.8, 64: 13.4, 128: 14.1},
+    (64, 1, 4096): {8: 12.7, 16: 12.3, 32: 16.8, 64: 16.7, 128: 19.0},
+    (64, 1, 16384): {8: 26.5, 16: 19.9, 32: 21.6, 64: 26.2, 128: 26.5},
+    (64, 1, 65536): {8: 80.8, 16: 50.7, 32: 41.7, 64: 45.9, 128: 46.9},
+    (64, 4, 1024): {8: 12.1, 16: 11.2, 32: 13.4, 64: 14.8, 128: 16.9},
+    (64, 4, 4096): {8: 26.0, 16: 19.1, 32: 18.4, 64: 21.4, 128: 24.6},
+    (64, 4, 16384): {8: 80.6, 16: 49.5, 32: 38.6, 64: 40.9, 128: 43.5},
+    (64, 4, 65536): {32: 119.3, 64: 119.6, 128: 127.1},
+    (64, 16, 1024): {8: 24.0, 16: 20.2, 32: 18.8, 64: 22.3, 128: 26.5},
+    (64, 16, 4096): {8: 81.1, 16: 52.1, 32: 38.8, 64: 41.4, 128: 46.2},
+    (64, 16, 16384): {32: 119.0, 64: 118.9, 128: 127.4},
+    (64, 32, 1024): {8: 45.3, 16: 28.1, 32: 26.1, 64: 28.4, 128: 35.4},
+    (64, 64, 1024): {8: 87.5, 16: 52.4, 32: 37.6, 64: 43.9, 128: 42.1},
+    (64, 64, 4096): {32: 117.7, 64: 121.7, 128: 124.3},
+    (64, 128, 1024): {8: 170.8, 16: 100.5, 32: 68.7, 64: 64.0, 128: 73.1},
+    (64, 128, 4096): {32: 235.3, 64: 219.6, 128: 245.4},
+    (128, 1, 1024): {8: 9.9, 16: 10.3, 32: 12.1, 64: 13.7, 128: 14.4},
+    (128, 1, 4096): {8: 16.7, 16: 14.0, 32: 15.3, 64: 17.6, 128: 18.8},
+    (128, 1, 16384): {16: 29.6, 32: 24.4, 64: 24.1, 128: 25.1},
+    (128, 1, 65536): {16: 91.8, 32: 61.0, 64: 46.5, 128: 44.9},
+    (128, 4, 1024): {8: 16.3, 16: 13.6, 32: 13.9, 64: 15.5, 128: 16.9},
+    (128, 4, 4096): {16: 29.2, 32: 23.1, 64: 22.0, 128: 23.3},
+    (128, 4, 16384): {16: 91.7, 32: 59.5, 64: 44.8, 128: 43.1},
+    (128, 4, 65536): {64: 153.6, 128: 135.7},
+    (128, 16, 1024): {16: 28.4, 32: 25.2, 64: 23.6, 128: 25.7},
+    (128, 16, 4096): {16: 89.9, 32: 60.7, 64: 45.4, 128: 45.0},
+    (128, 16, 16384): {64: 154.0, 128: 137.9},
+    (128, 32, 1024): {16: 52.4, 32: 35.2, 64: 33.9, 128: 35.0},
+    (128, 64, 1024): {16: 99.9, 32: 63.5, 64: 43.5, 128: 43.3},
+    (128, 64, 4096): {64: 142.2, 128: 130.9},
+    (128, 128, 1024): {16: 200.0, 32: 123.6, 64: 81.1, 128: 77.8},
+    (128, 128, 4096): {64: 286.1, 128: 261.0},
+    (40, 16, 4096): {16: 42.8, 32: 39.0, 64: 41.8, 128: 46.4},
+    (40, 4, 4096): {16: 17.1, 32: 18.5, 64: 21.7, 128: 24.4},
+    (40, 4, 16384): {16: 40.1, 32: 38.4, 64: 41.1, 128: 43.6},
+    (40, 64, 1024): {16: 45.3, 32: 36.7, 64: 42.2, 128: 41.2},
+    (48, 16, 4096): {16: 42.0, 32: 38.4, 64: 41.4, 128: 45.8},
+    (48, 4, 4096): {16: 16.9, 32: 18.5, 64: 21.5, 128: 24.5},
+    (48, 4, 16384): {16: 40.1, 32: 38.6, 64: 41.0, 128: 43.5},
+    (48, 64, 1024): {16: 45.6, 32: 37.0, 64: 42.6, 128: 41.3},
+    (96, 16, 4096): {16: 72.8, 32: 49.1, 64: 45.4, 128: 45.0},
+    (96, 4, 4096): {16: 25.6, 32: 20.9, 64: 22.6, 128: 23.6},
+    (96, 4, 16384): {16: 70.4, 32: 48.0, 64: 44.8, 128: 42.6},
+    (96, 64, 1024): {16: 76.2, 32: 56.4, 64: 42.4, 128: 41.7},
+    (256, 16, 4096): {32: 111.2, 64: 79.2, 128: 73.5},
+    (256, 4, 4096): {32: 36.0, 64: 29.0, 128: 29.0},
+    (256, 4, 16384): {32: 111.9, 64: 77.5, 128: 70.4},
+    (256, 64, 1024): {32: 126.6, 64: 80.1, 128: 76.3},
 }
 
 
@@ -185,8 +240,8 @@ def test_twice_the_tiles_are_no_smaller_share(tuning, shape):
 def test_what_a_cost_expects():
     assert COST.expected_us(Share(16, False), 0) == pytest.approx(5 + 16)
     assert COST.expected_us(Share(16, True), 0) == pytest.approx(5 + 3 + 16)
-    # HBM alone: 1,000 pages of 73,728 bytes at 4 TB/s are 18.4 us.
-    assert COST.expected_us(Share(0, False), 1000) == pytest.approx(5 + 18.4, rel=0.01)
+    # HBM alone: 1,000 pages of 73,728 bytes at 3.05 TB/s are 24.2 us.
+    assert COST.expected_us(Share(0, False), 1000) == pytest.approx(5 + 24.2, rel=0.01)
     both = COST.expected_us(Share(16, False), round(16 / choice.PAGE_US))
     assert both == pytest.approx(5 + 16 * 2**0.25, rel=1e-3)
 
@@ -198,31 +253,31 @@ def test_a_cost_that_is_none_is_refused(field, value):
         dataclasses.replace(COST, **{field: value})
 
 
-@pytest.mark.parametrize("shape", BY_MANY_ROWS)
-def test_pairs_are_chosen_where_they_were_faster(shape):
-    """Within 7.5 %: calls that either serves about as fast are not worth a finer model."""
-    (h_q, s_q, b, kv), times = shape, dict(zip((64, PAIR_ROWS), BY_MANY_ROWS[shape], strict=True))
-    rows = SHIPPED.serving(h_q * s_q, b, -(-kv // 64)).rows
-    assert rows in times and times[rows] <= 1.075 * min(times.values())
-
-
 @pytest.mark.parametrize("shape", MEASURED)
 def test_what_is_chosen_is_nearly_the_fastest(shape):
-    """With no table wider than the lengths, and with one of four pages more."""
-    (h_q, b, kv), times = shape, dict(zip(ROWS, MEASURED[shape], strict=True))
-    measured = TuningTable(SHIPPED.entries[: len(ROWS)])
-    for pages in (kv // 64, kv // 64 + 4):
-        rows = measured.serving(h_q, b, pages).rows
-        assert times[rows] <= 1.08 * min(times.values()), (pages, rows)
+    h_q, b, kv = shape
+    rows = SHIPPED.serving(h_q, b, kv // 64).rows
+    assert MEASURED[shape][rows] <= 1.08 * min(MEASURED[shape].values()), rows
+
+
+@pytest.mark.parametrize(("spare_pages", "mean_loss"), [(0, 0.005), (4, 0.02)])
+def test_what_is_chosen_is_the_fastest_nearly_everywhere(spare_pages, mean_loss):
+    """Also where the page table has a few pages more than the lengths need."""
+    losses = []
+    for (h_q, b, kv), times in MEASURED.items():
+        rows = SHIPPED.serving(h_q, b, kv // 64 + spare_pages).rows
+        losses.append(times[rows] / min(times.values()) - 1)
+    assert statistics.mean(losses) <= mean_loss
 
 
 @pytest.mark.parametrize("shape", MEASURED)
 def test_the_model_is_near_what_was_measured(shape):
-    """Within a quarter: further off, another variant than the fastest would be chosen elsewhere."""
-    h_q, b, kv = shape
-    for (cost, tuning), us in zip(SHIPPED.entries[: len(ROWS)], MEASURED[shape], strict=True):
-        expected = cost.expected_us(Share.of(tuning, h_q, b, kv // 64, SMS), b * kv // 64)
-        assert expected == pytest.approx(us, rel=0.25), tuning.rows
+    """Within a quarter, of what comes near the fastest: further off, another would be chosen elsewhere."""
+    (h_q, b, kv), times = shape, MEASURED[shape]
+    for cost, tuning in SHIPPED.entries:
+        if times.get(tuning.rows, math.inf) <= 1.2 * min(times.values()):
+            expected = cost.expected_us(Share.of(tuning, h_q, b, kv // 64, SMS), b * kv // 64)
+            assert expected == pytest.approx(times[tuning.rows], rel=0.25), tuning.rows
 
 
 def test_little_work_gets_few_rows_and_much_gets_many():
