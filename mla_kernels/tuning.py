@@ -65,6 +65,8 @@ class DecodeTuning:
             the 18 in each CTA.
         ahead_boxes: 64 rows: boxes of a tile that are multiplied under the softmax of the tile before.
         programmatic: start before the kernel ahead in the stream has ended (it waits by itself).
+        evict_first: what TMA brings makes way first in the L2 (cuda/ptx.cuh).
+        half_parts: beside bf16 elements, parts of split items are fp16 (cuda/parts.cuh).
     """
 
     rows: int
@@ -79,6 +81,8 @@ class DecodeTuning:
     register_steps: int = 0
     ahead_boxes: int = 0
     programmatic: bool = True
+    evict_first: bool = False
+    half_parts: bool = False
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -171,8 +175,9 @@ class DecodeTuning:
         """Of an item, so that a unit of each and its rows' stats have room in the ring (cuda/merge.cuh)."""
         (_, values), (_, rotary), *_ = self.shared_plan()
         runs = 2 if self.rows == 64 else 1
-        warp_rows = self.rows if self.rows < 64 else 16  # where slices are of two warps, parts are few
-        return (values + rotary) // (runs * 512 + warp_rows * 12 + 8 * 4)  # and each value warp has a scale
+        warp_rows = self.rows if self.rows < 64 else 16  # where a slice is of two warps, parts are few
+        scales = 8 * 4 if self.half_parts else 0
+        return (values + rotary) // (runs * 512 + warp_rows * 12 + scales)
 
     @property
     def cluster_ctas(self) -> int:
@@ -282,6 +287,8 @@ class DecodeTuning:
             ("MLA_PRODUCER_REGISTERS", self.producer_registers),
             ("MLA_AHEAD_BOXES", self.ahead_boxes),
             ("MLA_WORK", WORK[work]),
+            *([("MLA_EVICT_FIRST", 1)] if self.evict_first else []),
+            *([("MLA_HALF_PARTS", 1)] if self.half_parts and element == "bf16" else []),
         )
         name = f"{self.source.removesuffix('.cu')}-{element}-{self.rows}" + (
             "" if work == "decode" else f"-{work}"

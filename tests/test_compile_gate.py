@@ -5,6 +5,7 @@ import os
 import pytest
 
 from mla_kernels import append, chunk_steps, compiler, decode, plan
+from mla_kernels.choice import LEAN
 from mla_kernels.tuning import PAIR_ROWS, VARIANTS
 
 BLOCKS = ("stream", "mma", "skeleton")
@@ -31,6 +32,23 @@ def test_shipped_kernel(config):
     assert report.utmaldg == loads[config.source]
     assert report.registers <= 128, "512 threads leave 128 registers each at launch"
     assert report.shared_bytes <= 228 * 1024
+    assert "C75" not in kernel.log, f"ptxas serialized WGMMA or ignored setmaxnreg: {kernel.log}"
+
+
+OF_LEAN = [
+    tuning.kernel_config("bf16", pages=pages)
+    for tuning in LEAN.variants
+    for pages in ("tiles", "pieces", "tokens")
+    if tuning.serves(pages)
+]
+
+
+@pytest.mark.parametrize("config", OF_LEAN, ids=lambda config: config.name)
+def test_what_is_to_ship_next(config):
+    kernel = compiler.compile_kernel(config)
+    report = compiler.resource_report(kernel)
+    assert (report.stack_bytes, report.local_loads, report.local_stores) == (0, 0, 0)
+    assert report.hgmma > 0
     assert "C75" not in kernel.log, f"ptxas serialized WGMMA or ignored setmaxnreg: {kernel.log}"
 
 

@@ -132,8 +132,17 @@ def test_macros_name_every_choice_that_a_cubin_has(rows):
     made = VARIANTS[rows]
     macros = dict(made.kernel_config("bf16").defines)
     for field in dataclasses.fields(DecodeTuning):
-        if field.name != "programmatic":
+        if field.name not in ("programmatic", "evict_first", "half_parts"):
             assert macros[f"MLA_{field.name.upper()}"] == getattr(made, field.name)
+
+
+@pytest.mark.parametrize("rows", VARIANTS)
+def test_what_is_off_has_no_macro(rows):
+    """So that what was measured before it was there is still what is compiled."""
+    off, on = VARIANTS[rows], replaced(rows, evict_first=True, half_parts=True)
+    for element, halves in (("bf16", {"MLA_HALF_PARTS": 1}), ("fp16", {})):
+        before, after = (dict(made.kernel_config(element).defines) for made in (off, on))
+        assert after == before | {"MLA_EVICT_FIRST": 1} | halves
 
 
 def test_names_of_cubins_tell_variants_apart():
@@ -177,11 +186,12 @@ def test_parts_of_all_ctas_have_room_in_what_ships(tuning):
 
 def test_a_short_ring_merges_fewer_parts():
     """Else a merge would take no unit at a time, and never end."""
-    short = replaced(group_slots=4)
-    slice_bytes = 2 * 512 + 16 * 12 + 8 * 4  # a unit of each half, the stats of a warp's rows, scales
-    ring = (4 * 4 + short.rotary_slots) * tuning.BOX_BYTES
-    assert short.most_parts * slice_bytes <= ring < (short.most_parts + 1) * slice_bytes
-    assert short.most_parts < 132
+    for halves, scales in ((False, 0), (True, 8 * 4)):
+        short = replaced(group_slots=4, half_parts=halves)
+        slice_bytes = 2 * 512 + 16 * 12 + scales  # a unit of each half, the stats of a warp's rows
+        ring = (4 * 4 + short.rotary_slots) * tuning.BOX_BYTES
+        assert short.most_parts * slice_bytes <= ring < (short.most_parts + 1) * slice_bytes
+        assert short.most_parts < 132
 
 
 def test_each_page_size_has_its_way_into_tiles():

@@ -124,17 +124,29 @@ __device__ __forceinline__ u32 moved(u32 value) {
 
 // ---- TMA ---------------------------------------------------------------------------------------------------------
 
-// L2's policy for what is read once, and so makes way first (what createpolicy.fractional.L2::evict_first gives of all of it).
-// Else KV pushes everything out of the L2: queries, page tables, parts, and the kernel's own code, which the next launch then
-// gets from HBM. (64 heads, b 16, kv 4096: 41.1 us instead of 46.5; b 128: 214 instead of 218; one H100, log of 2026-11-27.)
+// With MLA_EVICT_FIRST what TMA brings makes way first in the L2 (a policy as createpolicy.fractional.L2::evict_first makes it).
+// Else KV pushes everything out: queries, page tables, parts, and the kernel's own code, which the next launch gets from HBM.
+#ifndef MLA_EVICT_FIRST
+#define MLA_EVICT_FIRST 0
+#endif
+#if MLA_EVICT_FIRST
+#define TMA_HINT ".L2::cache_hint"
+#define TMA_POLICY(operand) ", " operand
 constexpr u64 kEvictFirst = 0x12F0000000000000;
+#else
+#define TMA_HINT ""
+#define TMA_POLICY(operand) ""
+#endif
 
 // Box at (x, y, z) of a rank-3 tensor -> shared memory; completes `barrier` by its bytes. Out-of-range parts are zero.
 __device__ __forceinline__ void tma_load_3d(void* smem, const TensorMap* map, u64* barrier, int x, int y, int z) {
     asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, %5}], [%2], "
-        "%6;" ::"r"(smem_address(smem)),
-        "l"(map), "r"(smem_address(barrier)), "r"(x), "r"(y), "r"(z), "l"(kEvictFirst)
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes" TMA_HINT
+        " [%0], [%1, {%3, %4, %5}], [%2]" TMA_POLICY("%6") ";" ::"r"(smem_address(smem)),
+        "l"(map), "r"(smem_address(barrier)), "r"(x), "r"(y), "r"(z)
+#if MLA_EVICT_FIRST
+        , "l"(kEvictFirst)
+#endif
         : "memory");
 }
 
@@ -163,9 +175,12 @@ __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.
 // Box at (x, y, z, u, v) of a rank-5 tensor, likewise.
 __device__ __forceinline__ void tma_load_5d(void* smem, const TensorMap* map, u64* barrier, int x, int y, int z, int u, int v) {
     asm volatile(
-        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, %5, %6, %7}], "
-        "[%2], %8;" ::"r"(smem_address(smem)),
-        "l"(map), "r"(smem_address(barrier)), "r"(x), "r"(y), "r"(z), "r"(u), "r"(v), "l"(kEvictFirst)
+        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes" TMA_HINT
+        " [%0], [%1, {%3, %4, %5, %6, %7}], [%2]" TMA_POLICY("%8") ";" ::"r"(smem_address(smem)),
+        "l"(map), "r"(smem_address(barrier)), "r"(x), "r"(y), "r"(z), "r"(u), "r"(v)
+#if MLA_EVICT_FIRST
+        , "l"(kEvictFirst)
+#endif
         : "memory");
 }
 
@@ -251,7 +266,29 @@ __device__ __forceinline__ void wgmma_ss_n64_narrow(float (&d)[32], u32 a, u32 b
 
 // ---- fragments ---------------------------------------------------------------------------------------------------
 
-// Two fp32 -> two fp16 in one register, `low` in the lower half; and back.
+// Two fp32 -> two 16-bit elements in one register, `low` in the lower half.
+__device__ __forceinline__ u32 pack_elements(float low, float high) {
+    u32 packed;
+#if MLA_BF16
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+#else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+#endif
+    return packed;
+}
+
+// The two elements of a register.
+__device__ __forceinline__ float2 unpack_elements(u32 packed) {
+#if MLA_BF16
+    return make_float2(__uint_as_float(packed << 16), __uint_as_float(packed & 0xffff0000u));
+#else
+    float2 v;
+    asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %2;\ncvt.f32.f16 %0, l;\ncvt.f32.f16 %1, h;\n}\n" : "=f"(v.x), "=f"(v.y) : "r"(packed));
+    return v;
+#endif
+}
+
+// Two fp32 -> two fp16 in one register, whatever the elements are, and back.
 __device__ __forceinline__ u32 pack_halves(float low, float high) {
     u32 packed;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
@@ -261,24 +298,6 @@ __device__ __forceinline__ float2 unpack_halves(u32 packed) {
     float2 v;
     asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %2;\ncvt.f32.f16 %0, l;\ncvt.f32.f16 %1, h;\n}\n" : "=f"(v.x), "=f"(v.y) : "r"(packed));
     return v;
-}
-
-// The same of 16-bit elements, bf16 or fp16.
-__device__ __forceinline__ u32 pack_elements(float low, float high) {
-#if MLA_BF16
-    u32 packed;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-    return packed;
-#else
-    return pack_halves(low, high);
-#endif
-}
-__device__ __forceinline__ float2 unpack_elements(u32 packed) {
-#if MLA_BF16
-    return make_float2(__uint_as_float(packed << 16), __uint_as_float(packed & 0xffff0000u));
-#else
-    return unpack_halves(packed);
-#endif
 }
 
 // Element i of thread t of four neighbours -> element t of thread i.
