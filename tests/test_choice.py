@@ -459,6 +459,18 @@ def test_a_users_table_decides_what_is_launched(table_of):
     assert len(decode.shipped_configs()) == 5 * 4  # as many ways of pages
 
 
+def test_a_table_is_named(monkeypatch):
+    monkeypatch.setenv("MLA_KERNELS_TUNING", "lean")
+    choice.active_table.cache_clear()
+    try:
+        assert choice.active_table() is LEAN
+        assert plan.kernel_config(torch.bfloat16, 128, b=128, pages=64).name.endswith(
+            "128+evict_first=1+half_parts=1"
+        )
+    finally:
+        choice.active_table.cache_clear()
+
+
 def test_pairs_serve_many_rows_of_pages_that_are_tiles():
     many, few = {"b": 128, "pages": 64}, {"b": 1, "pages": 16}
     assert plan.kernel_config(torch.bfloat16, 128, **many).name == "decode_pair-bf16-128"
