@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from mla_kernels.compiler import KernelConfig
@@ -117,7 +117,7 @@ def run_steps(
 def prepare_peers(steps: Sequence[Step], progress: Progress = print) -> dict[str, dict[str, str]]:
     """Load and compile the peers that ``steps`` name. By dtype: those that cannot be used, and why."""
     wanted: dict[str, dict[str, None]] = defaultdict(dict)
-    for step in steps:
+    for step in _each(steps):
         for name in step.implementations:
             if name.startswith(PEER):
                 wanted[step.workload.dtype][name.removeprefix(PEER)] = None
@@ -139,13 +139,13 @@ def prepare_candidates(steps: Sequence[Step]) -> tuple[dict[str, dict[str, str]]
     """
     of_prefill = [
         (name, step.workload)
-        for step in steps
+        for step in _each(steps)
         for name in step.implementations
         if isinstance(step.workload, PrefillWorkload)
     ]
     names = [
         (name, step.workload.dtype)
-        for step in steps
+        for step in _each(steps)
         for name in step.implementations
         if not isinstance(step.workload, PrefillWorkload)
     ]
@@ -168,23 +168,44 @@ def source_of(steps: Sequence[Step], built: Sequence[KernelConfig]) -> Source:
 
 def loaded_seconds(steps: Sequence[Step]) -> float:
     """Time under sustained load that ``steps`` ask for, with its ramps."""
-    return sum(len(step.sustain) for step in steps) * (timing.SUSTAINED_SECONDS + timing.RAMP_SECONDS)
+    return sum(len(step.sustain) for step in _each(steps)) * (timing.SUSTAINED_SECONDS + timing.RAMP_SECONDS)
 
 
 def merge(steps: Sequence[Step]) -> list[Step]:
-    """One step for each workload and rotation, with all that the given ones ask of it."""
+    """One step for each workload and rotation, with all that the given ones ask of it.
+
+    What is beside a step and a step of its own as well is measured there alone.
+    """
+    own = {_key(step) for step in steps}
+    apart = [
+        part
+        for step in steps
+        for part in (
+            (replace(step, beside=None), step.beside) if step.beside and _key(step.beside) in own else (step,)
+        )
+    ]
     merged: dict[tuple, Step] = {}
-    for step in steps:
-        key = (step.workload, step.rotate, step.poison)
-        first = merged.setdefault(key, step)
+    for step in apart:
+        first = merged.setdefault(_key(step), step)
         wanted = {
             name: tuple(dict.fromkeys(getattr(first, name) + getattr(step, name)))
             for name in ("implementations", "sustain", "count")
         }
         rounds = max(first.rounds, step.rounds)
         host, memory = first.host or step.host, first.memory or step.memory
-        merged[key] = replace(first, **wanted, host=host, memory=memory, rounds=rounds)
+        wanted |= {"host": host, "memory": memory, "rounds": rounds, "beside": first.beside or step.beside}
+        merged[_key(step)] = replace(first, **wanted)
     return list(merged.values())
+
+
+def _key(step: Step) -> tuple:
+    return step.workload, step.rotate, step.poison
+
+
+def _each(steps: Iterable[Step]) -> Iterator[Step]:
+    """Steps and those beside them."""
+    for step in steps:
+        yield from step.together()
 
 
 def _with_counters(point: Point) -> Point:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -41,7 +41,8 @@ class Step:
     ``rotate`` False reads one KV set again and again. ``count``: those to run under the profiler. ``poison``
     False leaves finite values where nothing should be read: some peers multiply what they mask.
     ``host``: also time eager calls on the host. ``memory``: measure it (``host`` does too). ``rounds``: of
-    the burst.
+    the burst. ``beside``: another step, whose implementations take their turns in the same burst: in one of
+    its own the card would be in another state (its clocks at the power cap), and the two are to be compared.
     """
 
     workload: AnyWorkload
@@ -53,6 +54,13 @@ class Step:
     host: bool = False
     memory: bool = False
     rounds: int = ROUNDS
+    beside: Step | None = None
+
+    def together(self) -> Iterator[Step]:
+        """Itself, and what is beside it."""
+        yield self
+        if self.beside is not None:
+            yield from self.beside.together()
 
 
 def bind(implementation: str, inputs: Inputs) -> Bound:
@@ -157,43 +165,69 @@ def one_line(error: object) -> str:
 def measure(
     step: Step, *, l2_bytes: int, seed: int, absent: Mapping[str, str] = MappingProxyType({})
 ) -> list[Point]:
-    """Points of a step: one for each implementation in a burst, then the sustained ones.
+    """Points of a step and of the one beside it: each implementation in a burst, then the sustained ones.
 
     ``absent``: implementations known not to run here, with the reason; they are not tried.
     """
     import torch
 
     torch.cuda.empty_cache()  # graphs of the step before kept their pools
-    of = operation_of(step.workload)
-    sets = of.sets(step.workload, l2_bytes) if step.rotate else 1
-    outcomes = {name: _Outcome() for name in step.implementations}
-    for name in absent.keys() & outcomes.keys():
-        outcomes[name].status, outcomes[name].reason = "skipped", one_line(absent[name])
-    known: Known = {}
-    alive = lambda: [outcome for outcome in outcomes.values() if outcome.status == "ok"]  # noqa: E731
+    turns = [_Turns(each, l2_bytes, absent) for each in step.together()]
+    alive = lambda: [outcome for each in turns for outcome in each.alive()]  # noqa: E731
     try:
-        inputs = of.materialize(step.workload, seed=seed, sets=sets, poison=step.poison)
-        for name, outcome in outcomes.items():
-            if outcome.status != "ok":
-                continue
-            try:
-                outcome.prepare(step, name, inputs, seed, known)
-            except Exception as error:
-                outcome.stop(error)
-        known.clear()
+        for each in turns:
+            each.prepare(seed)
         if alive():
             bursts = burst([outcome.loop for outcome in alive()], step.rounds)
             for outcome in alive():
                 outcome.measured.append(bursts[outcome.loop.name])
-        for name in step.sustain:
-            if outcomes[name].status == "ok":
-                outcomes[name].measured.append(sustained(outcomes[name].loop))
+        for each in turns:
+            each.sustain()
     except Exception as error:  # of the inputs, or of the device: no outcome of this step can be trusted
         for outcome in alive():
             outcome.measured.clear()
             outcome.stop(error)
-    points = [point for name, outcome in outcomes.items() for point in _to_points(step, name, outcome, sets)]
+    points = [point for each in turns for point in each.points()]
     return sorted(points, key=lambda point: point.mode)  # "burst" before "sustained"
+
+
+class _Turns:
+    """The implementations of a step, and what became of each."""
+
+    def __init__(self, step: Step, l2_bytes: int, absent: Mapping[str, str]):
+        self.step, self.of = step, operation_of(step.workload)
+        self.sets = self.of.sets(step.workload, l2_bytes) if step.rotate else 1
+        self.outcomes = {name: _Outcome() for name in step.implementations}
+        for name in absent.keys() & self.outcomes.keys():
+            self.outcomes[name].status, self.outcomes[name].reason = "skipped", one_line(absent[name])
+
+    def alive(self) -> list[_Outcome]:
+        return [outcome for outcome in self.outcomes.values() if outcome.status == "ok"]
+
+    def prepare(self, seed: int) -> None:
+        """Raises what making the inputs raises."""
+        step, known = self.step, {}
+        inputs = self.of.materialize(step.workload, seed=seed, sets=self.sets, poison=step.poison)
+        for name, outcome in self.outcomes.items():
+            if outcome.status != "ok":
+                continue
+            try:
+                outcome.prepare(step, name, inputs, seed, known)
+                outcome.loop = replace(outcome.loop, name=f"{name} at {step.workload}")
+            except Exception as error:
+                outcome.stop(error)
+
+    def sustain(self) -> None:
+        for name in self.step.sustain:
+            if self.outcomes[name].status == "ok":
+                self.outcomes[name].measured.append(sustained(self.outcomes[name].loop))
+
+    def points(self) -> list[Point]:
+        return [
+            point
+            for name, outcome in self.outcomes.items()
+            for point in _to_points(self.step, name, outcome, self.sets)
+        ]
 
 
 def measure_in_turns(workloads: Sequence[Workload], *, l2_bytes: int, seed: int) -> list[Point]:

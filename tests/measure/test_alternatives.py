@@ -71,15 +71,16 @@ def test_the_loop_refuses_what_it_cannot_do():
 @pytest.mark.parametrize("scope", ["full", "live"])
 def test_every_batch_that_differs_has_its_even_one(scope):
     steps = list(varlen.steps(scope))
-    even = {step.workload for step in steps if len(step.implementations) == 1}
-    together = [step for step in steps if len(step.implementations) > 1]
+    assert all(len(step.implementations) > 1 for step in steps)
     beside = {ALTERNATIVE + name for name in ALTERNATIVES} | {PEER + "flash_mla", PEER + "fa3"}
-    assert all(set(step.implementations[1:]) == beside for step in together)
+    assert all(set(step.implementations[1:]) == beside for step in steps)
     assert {name.removeprefix(PEER) for name in varlen.BESIDE} <= PEERS.keys()
-    assert all(spread_evenly(s.workload) in even for s in together if len(set(s.workload.lengths)) > 1)
-    listed = {step.workload.lengths for step in together}
+    for step in steps:
+        differ = len(set(step.workload.lengths)) > 1
+        assert (step.beside and step.beside.workload) == (spread_evenly(step.workload) if differ else None)
+    listed = {step.workload.lengths for step in steps}
     assert set(varlen.CHAPTER_BATCHES) <= listed
-    assert {s.workload.b for s in together if s.workload.lengths_kind == "lognormal"} >= {4, 8, 16}
+    assert {s.workload.b for s in steps if s.workload.lengths_kind == "lognormal"} >= {4, 8, 16}
 
 
 def test_padded_copies_fit_the_card():

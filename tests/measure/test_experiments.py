@@ -21,7 +21,7 @@ H200_L2 = 60 << 20
 @pytest.mark.parametrize("scope", ["full", "live"])
 @pytest.mark.parametrize("experiment", EXPERIMENTS.values(), ids=EXPERIMENTS)
 def test_steps_fit_the_card(experiment, scope):
-    for step in experiment.steps(scope):
+    for step in (each for planned in experiment.steps(scope) for each in planned.together()):
         assert set(step.sustain) <= set(step.implementations) >= set(step.count)
         if isinstance(step.workload, PrefillWorkload):
             sets, queries = prefill_sets(step.workload, H200_L2), moved_bytes(step.workload)
@@ -56,7 +56,7 @@ def test_energy_roof_has_blocks_of_whole_tiles_at_several_intensities(scope):
 
 @pytest.mark.parametrize("scope", ["full", "live"])
 def test_bandwidth_has_its_pairs(scope):
-    steps = list(bandwidth.steps(scope))
+    steps = [each for step in bandwidth.steps(scope) for each in step.together()]
     rotated = {step.workload for step in steps if step.rotate}
     still = [step.workload for step in steps if not step.rotate]
     assert still and all(workload in rotated for workload in still)
@@ -71,7 +71,7 @@ OURS_AND_FAST = {DECODE, *(f"peer:{name}" for name in FAST)}
 
 
 def peer_steps(scope="full"):
-    return merge(list(peers.steps(scope)))
+    return [each for step in merge(list(peers.steps(scope))) for each in step.together()]
 
 
 def plain(workload):
@@ -102,7 +102,11 @@ def test_peers_are_compared_off_the_grid_too():
     odd = {w.h_q for w in counted if w.h_q & (w.h_q - 1)}
     assert odd == {12, 20, 40, 48, 80, 96, 100}
     varied = [w for w in counted if w.lengths_kind != "uniform"]
-    assert {spread_evenly(w) for w in varied} <= {w for w in further if w.lengths_kind == "uniform"}
+    pairs = [step for step in peers.steps("full") if step.beside]
+    assert {step.workload for step in pairs} == set(varied)
+    for step in pairs:
+        assert step.beside.workload == spread_evenly(step.workload)
+        assert set(OURS_AND_FAST) <= set(step.beside.implementations) & set(step.implementations)
 
 
 @pytest.mark.parametrize("scope", ["full", "live"])
@@ -174,6 +178,20 @@ def test_steps_at_one_workload_become_one():
     assert merge(steps) == [
         Step(workload, ("a", "b", "c"), sustain=("a", "c"), count=("b",)),
         Step(workload, ("a",), rotate=False),
+    ]
+
+
+def test_what_stands_beside_a_step_and_by_itself_is_measured_once():
+    one, other, third = (uniform(b, 64, h_q=16) for b in (2, 3, 4))
+    steps = [
+        Step(one, ("a",), beside=Step(other, ("a",))),
+        Step(third, ("a",), beside=Step(one, ("b",))),
+        Step(other, ("c",), rotate=False),
+    ]
+    assert merge(steps) == [
+        Step(one, ("a", "b"), beside=Step(other, ("a",))),
+        Step(third, ("a",)),
+        Step(other, ("c",), rotate=False),
     ]
 
 

@@ -1,14 +1,16 @@
 """The check that precedes every timing, and points that fail without ending the run."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from mla_kernels.measure import points
 from mla_kernels.measure.figures import flop
+from mla_kernels.measure.measurements import Measurement
 from mla_kernels.measure.points import CHECK_FLOP, Bound, Step, bind, check, measure, sequences_to_check
-from mla_kernels.measure.timing import SAMPLE_US, calls_per_sample
+from mla_kernels.measure.timing import SAMPLE_US, Loop, calls_per_sample
 from mla_kernels.measure.workloads import explicit, materialize, uniform
 from mla_kernels.reference import mla_decode_reference
 
@@ -142,3 +144,45 @@ def test_what_is_known_to_be_absent_is_not_tried(monkeypatch):
         step, l2_bytes=1 << 20, seed=0, absent={"peer:a": "no\nlibrary", "peer:b": "x", "c": "y"}
     )
     assert (a.status, a.reason, b.reason) == ("skipped", "no library", "x")
+
+
+@pytest.fixture
+def bursts(monkeypatch, make_point):
+    """Nothing is timed. ``seen``: names of the loops of each burst; ``wrong``: what fails, by workload."""
+    seen, wrong = [], {}
+
+    def prepare(outcome, step, name, inputs, seed, known):
+        if name in wrong.get(step.workload, ()):
+            raise ArithmeticError(f"{name} is wrong")
+        outcome.loop, outcome.kv_sets = Loop(name, None, 1, ()), 1
+        outcome.error = make_point().error
+
+    def burst(loops, rounds):
+        seen.append([loop.name for loop in loops])
+        found = make_point().model_dump(include=set(Measurement.model_fields))
+        return {loop.name: Measurement(**found) for loop in loops}
+
+    monkeypatch.setattr(points._Outcome, "prepare", prepare)
+    monkeypatch.setattr(points, "materialize", lambda workload, **k: None)
+    monkeypatch.setattr(points, "burst", burst)
+    return SimpleNamespace(seen=seen, wrong=wrong)
+
+
+def test_a_step_and_the_one_beside_it_share_a_burst(bursts):
+    one, other = uniform(2, 64, h_q=16), uniform(3, 64, h_q=16)
+    step = Step(one, ("a", "b"), beside=Step(other, ("a",)))
+    found = measure(step, l2_bytes=1 << 20, seed=0)
+    assert [(p.implementation, p.workload, p.status) for p in found] == [
+        ("a", one, "ok"),
+        ("b", one, "ok"),
+        ("a", other, "ok"),
+    ]
+    assert len(bursts.seen) == 1 and len(set(bursts.seen[0])) == 3
+
+
+def test_what_fails_beside_a_step_leaves_the_step_alone(bursts):
+    one, other = uniform(2, 64, h_q=16), uniform(3, 64, h_q=16)
+    bursts.wrong[other] = ("a",)
+    found = measure(Step(one, ("a",), beside=Step(other, ("a",))), l2_bytes=1 << 20, seed=0)
+    assert [(p.workload, p.status) for p in found] == [(one, "ok"), (other, "failed")]
+    assert "a is wrong" in found[1].reason

@@ -187,9 +187,9 @@ def test_any_two_values_of_two_axes_meet():
 
 def test_ragged_batches_have_their_even_ones_beside_them():
     steps = list(experiment.steps("full"))
-    workloads = {step.workload for step in steps}
-    ragged = [step.workload for step in steps if step.workload.ragged]
-    assert len(ragged) >= 15 and all(evenly(w) in workloads for w in ragged)
+    ragged = [step for step in steps if step.workload.ragged]
+    assert len(ragged) >= 15 and all(step.beside == Step(evenly(step.workload)) for step in ragged)
+    assert not any(step.beside for step in steps if not step.workload.ragged)
     rows = [step for step in steps if step.rounds == experiment.CHAPTER_REPEATS]
     assert [(s.workload.b, s.workload.mean_len) for s in rows] == list(experiment.CHAPTER_ROWS)
     assert all(points.DECODE in step.implementations for step in steps)

@@ -52,7 +52,8 @@ def test_kinds():
     }
     assert tuple(kinds) == peers.KINDS
     assert [peers.kind_of(workload) for workload in kinds.values()] == list(kinds)
-    off = {kind for w in experiment.further() if (kind := peers.kind_of(w))}
+    steps = (each for step in experiment.steps("full") for each in step.together())
+    off = {kind for step in steps if (kind := peers.kind_of(step.workload))} - {peers.KINDS[0]}
     assert off == set(peers.KINDS[1:])
 
 

@@ -47,8 +47,7 @@ def steps(scope: str) -> Iterator[Step]:
     for h_q in (16, 128):
         for draw in (normal, lognormal):
             varied = draw(128, 4096, 2048, seed=SEED, h_q=h_q)
-            yield Step(varied)
-            yield Step(spread_evenly(varied))
+            yield Step(varied, beside=Step(spread_evenly(varied)))
     for b, length, h_q, s_q in COUNTED if scope == "full" else COUNTED[:2]:
         yield Step(uniform(b, length, h_q=h_q, s_q=s_q), count=(DECODE,))
 

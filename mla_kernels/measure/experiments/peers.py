@@ -8,6 +8,7 @@ operation on this GPU are at every point, the slow ones where their caches fit.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from ..experiment import SEED, Progress, run_steps
 from ..figures import DECODE
@@ -65,7 +66,7 @@ def on_grid(workload: Workload) -> bool:
 
 
 def further() -> Iterator[Workload]:
-    """The other points: tokens, lengths that differ and the same spread evenly, fp16, odd head counts."""
+    """The other points: tokens, lengths that differ, fp16, odd head counts."""
     for h_q in TOKEN_HEADS:
         for s_q in TOKENS:
             for b, length in SHAPES:
@@ -73,9 +74,7 @@ def further() -> Iterator[Workload]:
     for h_q in SPREAD_HEADS:
         for b, mean, sd in SPREADS:
             for draw in (normal, lognormal):
-                varied = draw(b, mean, sd, seed=SEED, h_q=h_q)
-                yield varied
-                yield spread_evenly(varied)
+                yield draw(b, mean, sd, seed=SEED, h_q=h_q)
     for h_q in HALF_HEADS:
         for b, length in HALF_SHAPES:
             yield uniform(b, length, h_q=h_q, dtype="fp16")
@@ -85,37 +84,44 @@ def further() -> Iterator[Workload]:
 
 
 def steps(scope: str) -> Iterator[Step]:
-    """``scope`` "full", or "live" for a run beside a notebook. The grid first: the time may be limited."""
+    """``scope`` "full", or "live" for a run beside a notebook. The grid first: the time may be limited.
+
+    Where lengths differ, the same tokens spread evenly are beside them.
+    """
+    workloads = [uniform(b, length, h_q=h_q) for h_q, b, length in (grid() if scope == "full" else LIVE_GRID)]
+    workloads += further() if scope == "full" else _further_live()
+    for workload in workloads:
+        step = _step(workload, scope == "full")
+        if workload.lengths_kind != "uniform":
+            step = replace(step, beside=_step(spread_evenly(workload), scope == "full"))
+        yield step
+
+
+def _step(workload: Workload, full: bool) -> Step:
     from .. import peers  # brings torch
 
     fast, slow = (tuple(PEER + name for name in names) for names in (peers.FAST, peers.SLOW))
-    full = scope == "full"
-    workloads = [uniform(b, length, h_q=h_q) for h_q, b, length in (grid() if full else LIVE_GRID)]
-    workloads += further() if full else _further_live()
-    for workload in workloads:
-        axes = (workload.h_q, workload.b, workload.mean_len)
-        plain = on_grid(workload)
-        implementations = (DECODE, *fast)
-        if plain and axes in (SLOW if full else SLOW[:1]):
-            implementations += slow
-        if workload.h_q == 128 and workload.b >= 32 and min(workload.lengths) >= 8192:
-            implementations += BLOCKS
-        loaded = plain and axes in (SUSTAINED if full else LIVE_SUSTAINED)
-        loaded |= full and workload.causal and (*axes, workload.s_q) in SUSTAINED_TOKENS
-        yield Step(
-            workload,
-            implementations,
-            sustain=(DECODE, *fast) if loaded else (),
-            poison=False,  # not every peer stands NaN where nothing should be read (ours must, in tests/gpu)
-            host=plain and axes in HOST,
-        )
+    axes = (workload.h_q, workload.b, workload.mean_len)
+    plain = on_grid(workload)
+    implementations = (DECODE, *fast)
+    if plain and axes in (SLOW if full else SLOW[:1]):
+        implementations += slow
+    if workload.h_q == 128 and workload.b >= 32 and min(workload.lengths) >= 8192:
+        implementations += BLOCKS
+    loaded = plain and axes in (SUSTAINED if full else LIVE_SUSTAINED)
+    loaded |= full and workload.causal and (*axes, workload.s_q) in SUSTAINED_TOKENS
+    return Step(
+        workload,
+        implementations,
+        sustain=(DECODE, *fast) if loaded else (),
+        poison=False,  # not every peer stands NaN where nothing should be read (ours must, in tests/gpu)
+        host=plain and axes in HOST,
+    )
 
 
 def _further_live() -> Iterator[Workload]:
     yield uniform(64, 16384, h_q=128, s_q=2, causal=True)
-    varied = lognormal(128, 4096, 2048, seed=SEED, h_q=16)
-    yield varied
-    yield spread_evenly(varied)
+    yield lognormal(128, 4096, 2048, seed=SEED, h_q=16)
     yield uniform(128, 4096, h_q=48)
 
 

@@ -117,16 +117,16 @@ def steps(scope: str) -> Iterator[Step]:
         yield _step(prefill(b, s, h, (64, 64)))
     if scope == "whole":
         for c in whole():
-            yield from _with_its_even(workload_of(c))
+            yield _with_its_even(workload_of(c))
     elif full:
         yield from _sweeps()
         for c in covering():
-            yield from _with_its_even(workload_of(c))
+            yield _with_its_even(workload_of(c))
     else:
         for s, d, causal in itertools.product(LIVE_LENGTHS, (64, 128), (True, False)):
             yield _step(prefill(1, s, 32, (d, d), causal=causal))
         for b, s, h, d in LIVE_RAGGED:
-            yield from _with_its_even(prefill_lognormal(b, s, h, (d, d), seed=SEED, causal=True))
+            yield _with_its_even(prefill_lognormal(b, s, h, (d, d), seed=SEED, causal=True))
     for (b, s, h, dims), causal in itertools.product(FURTHER if full else FURTHER[::2], (True, False)):
         more = (FA2, MATH) if full and (b, s) in ((1, 2048), (1, 4096)) else ()
         yield _step(prefill(b, s, h, dims, causal=causal), *more)
@@ -155,11 +155,9 @@ def variants() -> tuple[str, ...]:
     return tuple(f"{DECODE}[{name}={v}]" for name, v in changes if choices.get(name, int(v)) != int(v))
 
 
-def _with_its_even(workload: PrefillWorkload) -> Iterator[Step]:
-    """A workload; if it is ragged also the same tokens evenly in the form for equal lengths."""
-    yield _step(workload)
-    if workload.ragged:
-        yield Step(evenly(workload))
+def _with_its_even(workload: PrefillWorkload) -> Step:
+    """A workload; if it is ragged, beside it the same tokens evenly in the form for equal lengths."""
+    return _step(workload, beside=Step(evenly(workload)) if workload.ragged else None)
 
 
 def run(scope: str = "full", progress: Progress = print, **options) -> Record:

@@ -64,9 +64,9 @@ def steps(scope: str) -> Iterator[Step]:
     for h_q in HEADS:
         for _, workload in workloads(h_q, scope):
             # zeros in the padding, which some alternatives and peers multiply
-            yield Step(workload, (DECODE, *ALL, *BESIDE), poison=False, host=True)
-            if len(set(workload.lengths)) > 1:
-                yield Step(spread_evenly(workload), (DECODE,), poison=False)
+            differ = len(set(workload.lengths)) > 1
+            even = Step(spread_evenly(workload), (DECODE,), poison=False) if differ else None
+            yield Step(workload, (DECODE, *ALL, *BESIDE), poison=False, host=True, beside=even)
 
 
 def run(scope: str = "full", progress: Progress = print, **options) -> Record:
