@@ -10,7 +10,7 @@ WARPGROUP, WARPGROUP_ROWS = 128, 64
 SHARED_LIMIT = 227 * 1024  # bytes that a block may have
 REGISTER_FILE = 65536
 LEAST_REGISTERS, MOST_REGISTERS = 24, 240
-KEYS = (64, 80, 96, 112, 128, 160, 176, 192)  # that QK has a WGMMA for (cuda/ptx.cuh)
+KEYS = (64, 80, 96, 112, 128, 160, 176, 192)  # that QK has a WGMMA for (cuda/wgmma.cuh)
 _BARRIERS_AND_ITEMS = 512  # bytes of shared memory besides tiles, at most
 
 
