@@ -183,7 +183,7 @@ def measure(
                 outcome.measured.append(bursts[outcome.loop.name])
         for each in turns:
             each.sustain()
-    except Exception as error:  # of the inputs, or of the device: no outcome of this step can be trusted
+    except Exception as error:  # of the device: no outcome of this step can be trusted
         for outcome in alive():
             outcome.measured.clear()
             outcome.stop(error)
@@ -205,9 +205,12 @@ class _Turns:
         return [outcome for outcome in self.outcomes.values() if outcome.status == "ok"]
 
     def prepare(self, seed: int) -> None:
-        """Raises what making the inputs raises."""
         step, known = self.step, {}
-        inputs = self.of.materialize(step.workload, seed=seed, sets=self.sets, poison=step.poison)
+        try:
+            inputs = self.of.materialize(step.workload, seed=seed, sets=self.sets, poison=step.poison)
+        except Exception as error:  # no room, say: what shares the burst need not care
+            for outcome in self.alive():
+                outcome.stop(error)
         for name, outcome in self.outcomes.items():
             if outcome.status != "ok":
                 continue

@@ -186,3 +186,15 @@ def test_what_fails_beside_a_step_leaves_the_step_alone(bursts):
     found = measure(Step(one, ("a",), beside=Step(other, ("a",))), l2_bytes=1 << 20, seed=0)
     assert [(p.workload, p.status) for p in found] == [(one, "ok"), (other, "failed")]
     assert "a is wrong" in found[1].reason
+
+
+def test_inputs_without_room_beside_a_step_leave_the_step_alone(bursts, monkeypatch):
+    one, other = uniform(2, 64, h_q=16), uniform(3, 64, h_q=16)
+
+    def materialize(workload, **options):
+        if workload == other:
+            raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(points, "materialize", materialize)
+    found = measure(Step(one, ("a",), beside=Step(other, ("a", "b"))), l2_bytes=1 << 20, seed=0)
+    assert [(p.workload, p.status) for p in found] == [(one, "ok"), (other, "skipped"), (other, "skipped")]
