@@ -98,3 +98,47 @@ def test_a_fault_is_seen(fault: Fault, tmp_path: Path) -> None:
     [path] = [path for path in headers.iterdir() if fault.before in path.read_text()]
     path.write_text(path.read_text().replace(fault.before, fault.after))
     assert play(build(tmp_path, headers), cases=300, seed=1) in fault.complaints
+
+
+def build_merge(folder: Path, halves: int, headers: Path = CUDA_DIR) -> Path:
+    """The simulator of the end of a split item, parts in fp16 or not."""
+    defines = [*VARIANTS[PAIR_ROWS].kernel_config("bf16").defines, ("MLA_HALF_PARTS", halves)]
+    return simulators.build("merge_pair", folder, defines, headers=headers)
+
+
+@pytest.mark.parametrize("halves", [0, 1])
+def test_parts_of_pairs_are_merged(halves: int, tmp_path: Path) -> None:
+    merge = build_merge(tmp_path, halves)
+    assert [play(merge, cases=60, seed=seed) for seed in (1, 2)] == ["ok", "ok"]
+
+
+WRONG_PARTS = "a result is not that of its parts"
+MERGE_FAULTS = {
+    "both CTAs take the first one's half": Fault(
+        "return kClusterCtas == 2 ? cluster_rank() : run;",
+        "return kClusterCtas == 2 ? 0 : run;",
+        ("a result was not stored", "a result is stored twice", WRONG_PARTS),
+    ),
+    "scales are those of the other half": Fault(
+        "(kClusterCtas == 2 ? half_of(0) * kOwnWarps : 0)", "0", (WRONG_PARTS,)
+    ),
+    "a warp's scale is that of all": Fault(
+        "slot.one[thread / 32] = power_of_two(254 - exponent);",
+        "slot.one[thread / 32] = power_of_two(127);",
+        (WRONG_PARTS,),
+    ),
+    "one CTA counts for both that leave": Fault(
+        "w.slices * kClusterCtas - 1)) arrived[0]",
+        "w.slices - 1)) arrived[0]",
+        ("counters are not as the next launch expects them", "nothing moves: a deadlock", WRONG_PARTS),
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", MERGE_FAULTS.values(), ids=MERGE_FAULTS)
+def test_a_fault_of_merging_is_seen(fault: Fault, tmp_path: Path) -> None:
+    headers = tmp_path / "cuda"
+    shutil.copytree(CUDA_DIR, headers)
+    [path] = [path for path in headers.iterdir() if fault.before in path.read_text()]
+    path.write_text(path.read_text().replace(fault.before, fault.after))
+    assert play(build_merge(tmp_path, 1, headers), cases=30) in fault.complaints
