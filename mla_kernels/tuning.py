@@ -175,9 +175,12 @@ class DecodeTuning:
         """Of an item, so that a unit of each and its rows' stats have room in the ring (cuda/merge.cuh)."""
         (_, values), (_, rotary), *_ = self.shared_plan()
         runs = 2 if self.rows == 64 else 1
-        warp_rows = self.rows if self.rows < 64 else 16  # where a slice is of two warps, parts are few
-        scales = 8 * 4 if self.half_parts else 0
-        return (values + rotary) // (runs * 512 + warp_rows * 12 + scales)
+        stats = min(self.rows, 32) * 12  # a slice is of two warps at most
+        if (
+            self.half_parts and self.rows != 64
+        ):  # there a slice of fp16 is of two where parts are few, and have room
+            stats += 8 * 4  # scales
+        return (values + rotary) // (runs * 512 + stats)
 
     @property
     def cluster_ctas(self) -> int:

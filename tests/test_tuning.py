@@ -186,12 +186,36 @@ def test_parts_of_all_ctas_have_room_in_what_ships(tuning):
 
 def test_a_short_ring_merges_fewer_parts():
     """Else a merge would take no unit at a time, and never end."""
-    for halves, scales in ((False, 0), (True, 8 * 4)):
-        short = replaced(group_slots=4, half_parts=halves)
-        slice_bytes = 2 * 512 + 16 * 12 + scales  # a unit of each half, the stats of a warp's rows
-        ring = (4 * 4 + short.rotary_slots) * tuning.BOX_BYTES
-        assert short.most_parts * slice_bytes <= ring < (short.most_parts + 1) * slice_bytes
-        assert short.most_parts < 132
+    short = replaced(group_slots=4)
+    slice_bytes = 2 * 512 + 32 * 12  # a unit of each half, and the stats of two warps' rows
+    ring = (4 * 4 + short.rotary_slots) * tuning.BOX_BYTES
+    assert short.most_parts * slice_bytes <= ring < (short.most_parts + 1) * slice_bytes
+    assert short.most_parts < 132
+
+
+@pytest.mark.parametrize("vectors", [1, 2], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("rows", VARIANTS)
+@pytest.mark.parametrize("groups", [3, 4, 5, 6])
+@pytest.mark.parametrize("rotary", [2, 3, 4])
+def test_a_unit_of_every_part_has_room(rows, groups, rotary, vectors):
+    """``Merge`` of cuda/merge.cuh: else it would take no unit at a time. fp16 elements have parts in fp32."""
+    slots = {"group_slots": groups, "rotary_slots": groups if rows == PAIR_ROWS else rotary}
+    try:
+        made = replaced(rows, half_parts=vectors == 2, **slots)
+    except TuningError:
+        return  # it is none
+    runs, own_warps = (2, 4) if rows == 64 else (1, 8)
+    warp_units, warp_rows = min(rows, 64) // 2 // vectors, rows if rows < 64 else 16
+    units = warp_units * own_warps
+    (_, values), (_, rotary_bytes), *_ = made.shared_plan()
+    scales = 8 * 4 if vectors == 2 else 0
+    for parts in range(2, min(132 // made.cluster_ctas, made.most_parts) + 1):
+        for slices in (parts - 1, parts):
+            for part in range(slices):
+                begin, end = units * part // slices, units * (part + 1) // slices
+                touched = (end - 1) // warp_units - begin // warp_units + 1 if rows >= 64 else 1
+                room = values + rotary_bytes - parts * (touched * warp_rows * 12 + scales)
+                assert begin == end or room >= parts * runs * 512, (parts, slices)
 
 
 def test_each_page_size_has_its_way_into_tiles():
