@@ -59,6 +59,10 @@ class Grid:
         return self.groups // self.items if self.items < self.groups else 0
 
 
+# What every call takes for a page of 64 tokens, whoever reads it: 64 * 1,152 bytes at 4 TB/s.
+PAGE_US = 0.0183
+
+
 @dataclass(frozen=True)
 class Cost:
     """What a call takes by a variant, in microseconds: the model that chooses between them.
@@ -79,16 +83,12 @@ class Cost:
             fits = type(value) in (int, float) and 0 < value < 1e6
             require(fits, field.name, value, "a positive number of microseconds", "measure again")
 
-    def expected_us(self, share: Share, pages: int, page_us: float | None = None) -> float:
+    def expected_us(self, share: Share, pages: int, page_us: float = PAGE_US) -> float:
         """Of a call whose sequences have ``pages`` pages together; HBM gives one each ``page_us``."""
         merge = self.merge_us if share.split else 0.0
-        tiles_us, pages_us = share.tiles * self.tile_us, pages * (page_us or PAGE_US)
+        tiles_us, pages_us = share.tiles * self.tile_us, pages * page_us
         # the larger of the two, and somewhat more where both press
         return self.start_us + merge + (tiles_us**4 + pages_us**4) ** 0.25
-
-
-# What every call takes for a page of 64 tokens, whoever reads it: 64 * 1,152 bytes at 4 TB/s.
-PAGE_US = 0.0183
 
 
 @dataclass(frozen=True)
