@@ -1,5 +1,6 @@
 """The simulators of tests/on_host: built of the kernels' own sources, run, and what all of them may say."""
 
+import shutil
 import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -37,6 +38,15 @@ def build(
         [*command, "-o", binary, sources / f"{name}.cpp"], check=True, capture_output=True, timeout=120
     )
     return binary
+
+
+def spoiled(fault: Fault, folder: Path) -> Path:
+    """The kernels' sources, in ``folder``, with a fault in the one of them that has its text."""
+    headers = folder / "cuda"
+    shutil.copytree(CUDA_DIR, headers)
+    [path] = [path for path in headers.iterdir() if fault.before in path.read_text()]
+    path.write_text(path.read_text().replace(fault.before, fault.after))
+    return headers
 
 
 def play(simulator: Path, cases: int, seed: int = 1) -> str:

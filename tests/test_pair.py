@@ -8,7 +8,7 @@ import pytest
 from mla_kernels.compiler import CUDA_DIR
 from mla_kernels.tuning import PAIR_ROWS, VARIANTS
 from tests import simulators
-from tests.simulators import DEADLOCK, TOO_MANY, Fault, play
+from tests.simulators import DEADLOCK, TOO_MANY, Fault, play, spoiled
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to run the CTAs on the CPU")
 
@@ -93,11 +93,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
 def test_a_fault_is_seen(fault: Fault, tmp_path: Path) -> None:
-    headers = tmp_path / "cuda"
-    shutil.copytree(CUDA_DIR, headers)
-    [path] = [path for path in headers.iterdir() if fault.before in path.read_text()]
-    path.write_text(path.read_text().replace(fault.before, fault.after))
-    assert play(build(tmp_path, headers), cases=300, seed=1) in fault.complaints
+    assert play(build(tmp_path, spoiled(fault, tmp_path)), cases=300, seed=1) in fault.complaints
 
 
 def build_merge(folder: Path, halves: int, headers: Path = CUDA_DIR) -> Path:
@@ -137,8 +133,4 @@ MERGE_FAULTS = {
 
 @pytest.mark.parametrize("fault", MERGE_FAULTS.values(), ids=MERGE_FAULTS)
 def test_a_fault_of_merging_is_seen(fault: Fault, tmp_path: Path) -> None:
-    headers = tmp_path / "cuda"
-    shutil.copytree(CUDA_DIR, headers)
-    [path] = [path for path in headers.iterdir() if fault.before in path.read_text()]
-    path.write_text(path.read_text().replace(fault.before, fault.after))
-    assert play(build_merge(tmp_path, 1, headers), cases=30) in fault.complaints
+    assert play(build_merge(tmp_path, 1, spoiled(fault, tmp_path)), cases=30) in fault.complaints
