@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from mla_kernels.compiler import KernelConfig
+from mla_kernels.tuning import TILE_TOKENS
 
 from . import candidates, ceilings, points, prefill_candidates, provenance, timing
 from .calls import PrefillWorkload
@@ -117,7 +118,7 @@ def run_steps(
 def prepare_peers(steps: Sequence[Step], progress: Progress = print) -> dict[str, dict[str, str]]:
     """Load and compile the peers that ``steps`` name. By dtype: those that cannot be used, and why."""
     wanted: dict[str, dict[str, None]] = defaultdict(dict)
-    for step in _each(steps):
+    for step in each_of(steps):
         for name in step.implementations:
             if name.startswith(PEER):
                 wanted[step.workload.dtype][name.removeprefix(PEER)] = None
@@ -139,13 +140,13 @@ def prepare_candidates(steps: Sequence[Step]) -> tuple[dict[str, dict[str, str]]
     """
     of_prefill = [
         (name, step.workload)
-        for step in _each(steps)
+        for step in each_of(steps)
         for name in step.implementations
         if isinstance(step.workload, PrefillWorkload)
     ]
     names = [
         (name, step.workload.dtype)
-        for step in _each(steps)
+        for step in each_of(steps)
         for name in step.implementations
         if not isinstance(step.workload, PrefillWorkload)
     ]
@@ -168,7 +169,9 @@ def source_of(steps: Sequence[Step], built: Sequence[KernelConfig]) -> Source:
 
 def loaded_seconds(steps: Sequence[Step]) -> float:
     """Time under sustained load that ``steps`` ask for, with its ramps."""
-    return sum(len(step.sustain) for step in _each(steps)) * (timing.SUSTAINED_SECONDS + timing.RAMP_SECONDS)
+    return sum(len(step.sustain) for step in each_of(steps)) * (
+        timing.SUSTAINED_SECONDS + timing.RAMP_SECONDS
+    )
 
 
 def merge(steps: Sequence[Step]) -> list[Step]:
@@ -202,7 +205,7 @@ def _key(step: Step) -> tuple:
     return step.workload, step.rotate, step.poison
 
 
-def _each(steps: Iterable[Step]) -> Iterator[Step]:
+def each_of(steps: Iterable[Step]) -> Iterator[Step]:
     """Steps and those beside them."""
     for step in steps:
         yield from step.together()
@@ -220,7 +223,9 @@ def _with_counters(point: Point) -> Point:
 
 def describe(point: Point) -> str:
     """One line: what was measured and what came of it."""
-    axes = f"{point.implementation} {label(point)}"
+    paged = not isinstance(point.workload, PrefillWorkload) and point.workload.page_size != TILE_TOKENS
+    pages = f", pages of {point.workload.page_size}" if paged else ""
+    axes = f"{point.implementation} {label(point)}{pages}"
     if point.status != "ok":
         return f"{axes}: {point.status}: {point.reason}"
     error = f", error {point.error.out_rel_l2:.1e}" if point.error else ""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -231,28 +231,6 @@ class _Turns:
             for name, outcome in self.outcomes.items()
             for point in _to_points(self.step, name, outcome, self.sets)
         ]
-
-
-def measure_in_turns(workloads: Sequence[Workload], *, l2_bytes: int, seed: int) -> list[Point]:
-    """Points of mla_decode at workloads that take turns in one burst: those that differ in the page size."""
-    import torch
-
-    torch.cuda.empty_cache()
-    sets = sets_to_defeat_l2(workloads[0], l2_bytes)
-    outcomes = []
-    for number, workload in enumerate(workloads):
-        step, outcome = Step(workload), _Outcome()
-        outcomes.append((step, outcome))
-        try:
-            outcome.prepare(step, DECODE, materialize(workload, seed=seed, sets=sets), seed, {})
-            outcome.loop = replace(outcome.loop, name=str(number))
-        except Exception as error:
-            outcome.stop(error)
-    alive = [outcome for _, outcome in outcomes if outcome.status == "ok"]
-    bursts = burst([outcome.loop for outcome in alive]) if alive else {}
-    for outcome in alive:
-        outcome.measured.append(bursts[outcome.loop.name])
-    return [point for step, outcome in outcomes for point in _to_points(step, DECODE, outcome, sets)]
 
 
 def _to_points(step: Step, name: str, outcome: _Outcome, sets: int) -> list[Point]:

@@ -5,9 +5,10 @@ import itertools
 import pytest
 
 from mla_kernels.arguments import HEAD_DIM
+from mla_kernels.measure.allocators import PAGE_SIZES
 from mla_kernels.measure.calls import PrefillWorkload
-from mla_kernels.measure.experiment import describe, loaded_seconds, merge, run_steps
-from mla_kernels.measure.experiments import EXPERIMENTS, bandwidth, peers, roofline
+from mla_kernels.measure.experiment import describe, each_of, loaded_seconds, merge, run_steps
+from mla_kernels.measure.experiments import EXPERIMENTS, bandwidth, paging, peers, roofline
 from mla_kernels.measure.figures import DECODE, flop, kv_bytes, moved_bytes, query_rows
 from mla_kernels.measure.peers import FAST, SLOW
 from mla_kernels.measure.points import BLOCKS, Step
@@ -21,7 +22,7 @@ H200_L2 = 60 << 20
 @pytest.mark.parametrize("scope", ["full", "live"])
 @pytest.mark.parametrize("experiment", EXPERIMENTS.values(), ids=EXPERIMENTS)
 def test_steps_fit_the_card(experiment, scope):
-    for step in (each for planned in experiment.steps(scope) for each in planned.together()):
+    for step in each_of(experiment.steps(scope)):
         assert set(step.sustain) <= set(step.implementations) >= set(step.count)
         if isinstance(step.workload, PrefillWorkload):
             sets, queries = prefill_sets(step.workload, H200_L2), moved_bytes(step.workload)
@@ -56,7 +57,7 @@ def test_energy_roof_has_blocks_of_whole_tiles_at_several_intensities(scope):
 
 @pytest.mark.parametrize("scope", ["full", "live"])
 def test_bandwidth_has_its_pairs(scope):
-    steps = [each for step in bandwidth.steps(scope) for each in step.together()]
+    steps = list(each_of(bandwidth.steps(scope)))
     rotated = {step.workload for step in steps if step.rotate}
     still = [step.workload for step in steps if not step.rotate]
     assert still and all(workload in rotated for workload in still)
@@ -71,7 +72,7 @@ OURS_AND_FAST = {DECODE, *(f"peer:{name}" for name in FAST)}
 
 
 def peer_steps(scope="full"):
-    return [each for step in merge(list(peers.steps(scope))) for each in step.together()]
+    return list(each_of(merge(list(peers.steps(scope)))))
 
 
 def plain(workload):
@@ -208,3 +209,16 @@ def test_a_line_of_progress_says_what_came_of_a_point(make_point):
     assert "100.0 µs" in describe(make_point()) and "error 1.0e-03" in describe(make_point())
     failed = make_point(status="skipped", reason="no memory", samples_us=[])
     assert describe(failed).endswith("skipped: no memory")
+
+
+def test_pages_of_every_size_share_a_burst():
+    for step in paging.steps("full"):
+        sizes = [each.workload.page_size for each in step.together()]
+        assert sizes == list(PAGE_SIZES)
+        assert len({each.workload.model_copy(update={"page_size": 64}) for each in step.together()}) == 1
+
+
+def test_progress_tells_page_sizes_apart(make_point):
+    point = make_point()
+    small = point.model_copy(update={"workload": point.workload.model_copy(update={"page_size": 16})})
+    assert ", pages of 16:" in describe(small) and "pages" not in describe(point)

@@ -164,8 +164,7 @@ def make_record(name, points, **sections):
 
 def _measured(name):
     points = []
-    planned = experiment.merge(list(EXPERIMENTS[name].steps("live")))
-    for step in (each for one in planned for each in one.together()):
+    for step in experiment.each_of(experiment.merge(list(EXPERIMENTS[name].steps("live")))):
         sets = sets_to_defeat_l2(step.workload, CARD.l2_bytes) if step.rotate else 1
         for implementation in step.implementations:
             extra = {}

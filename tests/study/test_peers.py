@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import pytest
 
 from mla_kernels.measure import peers as wrapped
+from mla_kernels.measure.experiment import each_of
 from mla_kernels.measure.experiments import peers as experiment
 from mla_kernels.measure.workloads import lognormal, uniform
 from mla_kernels.study import loading, peer_costs, peers
@@ -52,7 +53,7 @@ def test_kinds():
     }
     assert tuple(kinds) == peers.KINDS
     assert [peers.kind_of(workload) for workload in kinds.values()] == list(kinds)
-    steps = (each for step in experiment.steps("full") for each in step.together())
+    steps = each_of(experiment.steps("full"))
     off = {kind for step in steps if (kind := peers.kind_of(step.workload))} - {peers.KINDS[0]}
     assert off == set(peers.KINDS[1:])
 

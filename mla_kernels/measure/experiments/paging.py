@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from .. import allocators
-from ..experiment import SEED, Progress, describe, run_steps
-from ..points import Step, measure_in_turns
+from ..experiment import SEED, Progress, run_steps
+from ..points import Step
 from ..records import Record, Workload
 from ..workloads import lognormal, uniform
 
@@ -30,22 +30,18 @@ def workloads(scope: str) -> list[Workload]:
 
 
 def steps(scope: str) -> Iterator[Step]:
-    """Decode at every page size; ``run`` lets those of a workload take turns."""
+    """Decode at every page size; those of a workload take turns."""
     for workload in workloads(scope):
-        for size in allocators.PAGE_SIZES:
-            yield Step(workload.model_copy(update={"page_size": size}))
+        step = None
+        for size in reversed(allocators.PAGE_SIZES):
+            step = Step(workload.model_copy(update={"page_size": size}), beside=step)
+        yield step
 
 
 def run(scope: str = "full", progress: Progress = print, **options) -> Record:
     """Measure. ``options`` are those of run_steps, which says what it raises."""
     full = scope == "full"
-    record = run_steps("paging", scope, [], progress, loaded_ceilings=False, **options)
-    points = []
-    for workload in workloads(scope):
-        by_size = [workload.model_copy(update={"page_size": size}) for size in allocators.PAGE_SIZES]
-        for point in measure_in_turns(by_size, l2_bytes=record.device.l2_bytes, seed=SEED):
-            points.append(point)
-            progress(f"paging: pages of {point.workload.page_size}: {describe(point)}")
+    record = run_steps("paging", scope, list(steps(scope)), progress, loaded_ceilings=False, **options)
     clock_ns = allocators.timer_ns()
     latencies = []
     for found in (allocators.page_latencies, allocators.sequence_latencies):
@@ -58,7 +54,6 @@ def run(scope: str = "full", progress: Progress = print, **options) -> Record:
     progress("paging: bytes of batches, and a churn")
     events = 100_000 if full else 10_000
     update = {
-        "points": points,
         "latencies": latencies,
         "footprints": list(allocators.footprints(BATCHES, draws=64 if full else 8)),
         "churns": [
