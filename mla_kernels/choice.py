@@ -1,8 +1,8 @@
 """Which variant of the decode kernels serves which call: the one that a model of their costs expects to win.
 
-``SHIPPED`` is the table for an H200 (its entry of 128 rows is from an H100). ``MLA_KERNELS_TUNING`` names a
+``SHIPPED`` is the table for an H200 or H100, its costs from the latter. ``MLA_KERNELS_TUNING`` names a
 record of the tuner (a JSON file that ``python -m mla_kernels.measure tune`` wrote on the GPU at hand) whose
-table is used instead; ``lean`` there stands for ``LEAN``.
+table is used instead.
 """
 
 from __future__ import annotations
@@ -59,10 +59,6 @@ class Grid:
         return self.groups // self.items if self.items < self.groups else 0
 
 
-# What every call takes for a page of 64 tokens, whoever reads it: 64 * 1,152 bytes at 4 TB/s.
-PAGE_US = 0.0183
-
-
 @dataclass(frozen=True)
 class Cost:
     """What a call takes by a variant, in microseconds: the model that chooses between them.
@@ -83,12 +79,15 @@ class Cost:
             fits = type(value) in (int, float) and 0 < value < 1e6
             require(fits, field.name, value, "a positive number of microseconds", "measure again")
 
-    def expected_us(self, share: Share, pages: int, page_us: float = PAGE_US) -> float:
-        """Of a call whose sequences have ``pages`` pages together; HBM gives one each ``page_us``."""
+    def expected_us(self, share: Share, pages: int) -> float:
+        """Of a call whose sequences have ``pages`` pages together."""
         merge = self.merge_us if share.split else 0.0
-        tiles_us, pages_us = share.tiles * self.tile_us, pages * page_us
         # the larger of the two, and somewhat more where both press
-        return self.start_us + merge + (tiles_us**4 + pages_us**4) ** 0.25
+        return self.start_us + merge + ((share.tiles * self.tile_us) ** 4 + (pages * PAGE_US) ** 4) ** 0.25
+
+
+# What every call takes for a page of 64 tokens, whoever reads it: 64 * 1,152 bytes at an H100's 3.05 TB/s.
+PAGE_US = 0.0242
 
 
 @dataclass(frozen=True)
@@ -117,11 +116,9 @@ class Share:
 
 @dataclass(frozen=True)
 class TuningTable:
-    """The variants to choose from, with what each costs, rows ascending; on a card whose HBM gives a page of
-    64 tokens each ``page_us``."""
+    """The variants to choose from, with what each costs, rows ascending."""
 
     entries: tuple[tuple[Cost, DecodeTuning], ...]
-    page_us: float = PAGE_US
 
     def __post_init__(self) -> None:
         rows = [tuning.rows for tuning in self.variants]
@@ -158,8 +155,7 @@ class TuningTable:
 
         def expected(entry: tuple[Cost, DecodeTuning]) -> float:
             cost, tuning = entry
-            share = Share.of(tuning, query_rows, b, pages, ctas)
-            return cost.expected_us(share, b * pages, self.page_us)
+            return cost.expected_us(Share.of(tuning, query_rows, b, pages, ctas), b * pages)
 
         def fits(tuning: DecodeTuning) -> bool:
             return tuning.serves(come) and tuning.cluster_ctas <= ctas
@@ -194,37 +190,17 @@ class TuningTable:
             ) from None
 
 
-# Costs on an H200, fitted at 23 calls by all of up to 64 rows, at which the choice is at most 5 % from the
-# best; those of 128 rows at 43 calls on an H100, beside 64. (The tuner fits them anew, from its own calls.)
+# Costs on an H100, fitted at 80 calls by all rows that might serve them: what is chosen there is at most 8 %
+# from the best, 0.2 % in the mean (tests/test_choice.py). (The tuner fits them anew, from its own calls.)
 SHIPPED = TuningTable(
     (
-        (Cost(4.9, 1.12, 3.6), VARIANTS[8]),
-        (Cost(6.0, 1.29, 3.2), VARIANTS[16]),
-        (Cost(6.8, 1.57, 4.3), VARIANTS[32]),
-        (Cost(7.6, 1.96, 7.7), VARIANTS[64]),
-        (Cost(10.7, 1.75, 6.4), VARIANTS[128]),
+        (Cost(5.4, 0.98, 2.5), VARIANTS[8]),
+        (Cost(7.15, 1.12, 1.86), VARIANTS[16]),
+        (Cost(8.9, 1.42, 2.5), VARIANTS[32]),
+        (Cost(10.5, 1.91, 4.1), VARIANTS[64]),
+        (Cost(12.85, 1.69, 3.3), VARIANTS[128]),
     )
 )
-
-
-def _lean(rows: int) -> DecodeTuning:
-    return dataclasses.replace(VARIANTS[rows], evict_first=True, half_parts=True)
-
-
-# What leaves more in the L2 and moves less: faster at nearly every call, by 12 % at the most (04's log,
-# 2026-11-27), and not shipped before it has records. Costs from an H100, by all rows that might serve, at 80
-# calls: what it chooses there is at most 8 % from the best, 0.2 % in the mean (tests/test_choice.py).
-LEAN = TuningTable(
-    (
-        (Cost(5.4, 0.98, 2.5), _lean(8)),
-        (Cost(7.15, 1.12, 1.86), _lean(16)),
-        (Cost(8.9, 1.42, 2.5), _lean(32)),
-        (Cost(10.5, 1.91, 4.1), _lean(64)),
-        (Cost(12.85, 1.69, 3.3), _lean(128)),
-    ),
-    page_us=0.0242,  # 3.05 TB/s
-)
-TABLES = {"lean": LEAN}  # by name
 
 
 def load_table(path: str | os.PathLike) -> TuningTable:
@@ -245,10 +221,9 @@ def load_table(path: str | os.PathLike) -> TuningTable:
 
 @functools.cache
 def active_table() -> TuningTable:
-    """The table in use, read once a process: what ``MLA_KERNELS_TUNING`` names (``TABLES``, else a record's),
-    or ``SHIPPED``.
+    """The table in use, read once a process: the record's that ``MLA_KERNELS_TUNING`` names, or ``SHIPPED``.
 
     Raises TuningError for a record without one.
     """
     path = os.environ.get(VARIABLE)
-    return TABLES.get(path) or load_table(path) if path else SHIPPED
+    return load_table(path) if path else SHIPPED

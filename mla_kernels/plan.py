@@ -52,6 +52,12 @@ def _chosen(query_rows: int, b: int, pages: int, ctas: int, variant, come: Pages
     return active_table().serving(query_rows, b, pages, ctas, come), variant or "decode"
 
 
+def _partial_slot_bytes(rows: int, dtype: torch.dtype) -> int:
+    """A PartialSlot of cuda/parts.cuh: O, of its rows three sums, of its value warps a scale."""
+    o, warps = HEAD_DIM_V * (2 if dtype == torch.bfloat16 else 4), 16 if rows == PAIR_ROWS else 8
+    return -(-(rows * (o + 3 * 4) + warps * 4) // 128) * 128
+
+
 def result_shapes(q: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Of out and lse, for queries (b, s_q, h_q, 576) or, of their own number, (total_q, h_q, 576)."""
     *tokens, h_q, _ = q.shape
@@ -87,9 +93,7 @@ class DecodePlan:
         self._kernel = launch.load(config, "mla_decode", self.device, persistent=True)
         self._grid = (grid.group * cluster, grid.groups)
         self._rows = rows
-        # two PartialSlots a block of rows (cuda/parts.cuh)
-        halves = ("MLA_HALF_PARTS", 1) in config.defines
-        self._room = 2 * grid.group * grid.groups * rows * (HEAD_DIM_V * (2 if halves else 4) + 16)
+        self._room = 2 * grid.group * grid.groups * _partial_slot_bytes(rows, q.dtype)
         self._maps: tuple[dict, dict] = {}, {}  # of kv_cache and q, by address
         self._mapped = [0, 0]  # whose maps the arguments hold
         self._params = launch.DecodeParams(

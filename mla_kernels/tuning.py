@@ -65,8 +65,6 @@ class DecodeTuning:
             the 18 in each CTA.
         ahead_boxes: 64 rows: boxes of a tile that are multiplied under the softmax of the tile before.
         programmatic: start before the kernel ahead in the stream has ended (it waits by itself).
-        evict_first: what TMA brings makes way first in the L2 (cuda/ptx.cuh).
-        half_parts: beside bf16 elements, parts of split items are fp16 (cuda/parts.cuh).
     """
 
     rows: int
@@ -81,8 +79,6 @@ class DecodeTuning:
     register_steps: int = 0
     ahead_boxes: int = 0
     programmatic: bool = True
-    evict_first: bool = False
-    half_parts: bool = False
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -174,13 +170,11 @@ class DecodeTuning:
     def most_parts(self) -> int:
         """Of an item, so that a unit of each and its rows' stats have room in the ring (cuda/merge.cuh)."""
         (_, values), (_, rotary), *_ = self.shared_plan()
-        runs = 2 if self.rows == 64 else 1
-        stats = min(self.rows, 32) * 12  # a slice is of two warps at most
-        if (
-            self.half_parts and self.rows != 64
-        ):  # there a slice of fp16 is of two where parts are few, and have room
-            stats += 8 * 4  # scales
-        return (values + rotary) // (runs * 512 + stats)
+        room, unit = values + rotary, (2 if self.rows == 64 else 1) * 512 + 8 * 4  # each value warp has a scale
+        own_rows, warps = (self.rows, 1) if self.rows < 64 else (16, 2)  # of a warp; that a slice touches
+        most = room // (unit + warps * own_rows * 12)
+        # Of 64 rows a half has 128 units in fp32: from as many parts on, a slice is one, of one warp.
+        return room // (unit + own_rows * 12) if self.rows == 64 and most >= 128 else most
 
     @property
     def cluster_ctas(self) -> int:
@@ -290,8 +284,6 @@ class DecodeTuning:
             ("MLA_PRODUCER_REGISTERS", self.producer_registers),
             ("MLA_AHEAD_BOXES", self.ahead_boxes),
             ("MLA_WORK", WORK[work]),
-            *([("MLA_EVICT_FIRST", 1)] if self.evict_first else []),
-            *([("MLA_HALF_PARTS", 1)] if self.half_parts and element == "bf16" else []),
         )
         name = f"{self.source.removesuffix('.cu')}-{element}-{self.rows}" + (
             "" if work == "decode" else f"-{work}"

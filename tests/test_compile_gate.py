@@ -5,7 +5,6 @@ import os
 import pytest
 
 from mla_kernels import append, chunk_steps, compiler, decode, plan
-from mla_kernels.choice import LEAN
 from mla_kernels.tuning import PAIR_ROWS, VARIANTS
 
 BLOCKS = ("stream", "mma", "skeleton")
@@ -17,15 +16,8 @@ IN_PIECES = {"decode_swapped.cu": 1 + 2 + 1, "decode_rows.cu": 2 * (1 + 2)}
 QUERY_LOADS = {"decode_swapped.cu": 1, "decode_rows.cu": 0}  # of the block that loads no tiles
 
 
-NEXT = [  # to ship
-    tuning.kernel_config("bf16", pages=pages)
-    for tuning in LEAN.variants
-    for pages in ("tiles", "pieces", "tokens")
-    if tuning.serves(pages)
-]
-CONFIGS = [*decode.shipped_configs(), *NEXT]
-PAIRS = [config for config in CONFIGS if config.source == "decode_pair.cu"]
-OTHERS = [config for config in CONFIGS if config not in PAIRS]
+PAIRS = [config for config in decode.shipped_configs() if config.source == "decode_pair.cu"]
+OTHERS = [config for config in decode.shipped_configs() if config not in PAIRS]
 
 
 @pytest.mark.parametrize("config", OTHERS, ids=lambda config: config.name)

@@ -96,15 +96,15 @@ def test_a_fault_is_seen(fault: Fault, tmp_path: Path) -> None:
     assert play(build(tmp_path, spoiled(fault, tmp_path)), cases=300, seed=1) in fault.complaints
 
 
-def build_merge(folder: Path, halves: int, headers: Path = CUDA_DIR) -> Path:
-    """The simulator of the end of a split item, parts in fp16 or not."""
-    defines = [*VARIANTS[PAIR_ROWS].kernel_config("bf16").defines, ("MLA_HALF_PARTS", halves)]
+def build_merge(folder: Path, element: str, headers: Path = CUDA_DIR) -> Path:
+    """The simulator of the end of a split item, whose parts are fp16 beside bf16 elements."""
+    defines = VARIANTS[PAIR_ROWS].kernel_config(element).defines
     return simulators.build("merge_pair", folder, defines, headers=headers)
 
 
-@pytest.mark.parametrize("halves", [0, 1])
-def test_parts_of_pairs_are_merged(halves: int, tmp_path: Path) -> None:
-    merge = build_merge(tmp_path, halves)
+@pytest.mark.parametrize("element", ["bf16", "fp16"])
+def test_parts_of_pairs_are_merged(element: str, tmp_path: Path) -> None:
+    merge = build_merge(tmp_path, element)
     assert [play(merge, cases=60, seed=seed) for seed in (1, 2)] == ["ok", "ok"]
 
 
@@ -119,8 +119,8 @@ MERGE_FAULTS = {
         "(kClusterCtas == 2 ? half_of(0) * kOwnWarps : 0)", "0", (WRONG_PARTS,)
     ),
     "a warp's scale is that of all": Fault(
-        "slot.one[thread / 32] = power_of_two(254 - exponent);",
-        "slot.one[thread / 32] = power_of_two(127);",
+        "slot.one[warp] = power_of_two(254 - exponent);",
+        "slot.one[warp] = power_of_two(127);",
         (WRONG_PARTS,),
     ),
     "one CTA counts for both that leave": Fault(
@@ -133,4 +133,4 @@ MERGE_FAULTS = {
 
 @pytest.mark.parametrize("fault", MERGE_FAULTS.values(), ids=MERGE_FAULTS)
 def test_a_fault_of_merging_is_seen(fault: Fault, tmp_path: Path) -> None:
-    assert play(build_merge(tmp_path, 1, spoiled(fault, tmp_path)), cases=30) in fault.complaints
+    assert play(build_merge(tmp_path, "bf16", spoiled(fault, tmp_path)), cases=30) in fault.complaints

@@ -40,8 +40,9 @@ def test_no_race_in_many_cases(rows: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rows", LAYOUTS)
-def test_parts_in_fp16(rows: int, tmp_path: Path) -> None:
-    rings = build(tmp_path, rows, **HALVES)
+def test_parts_in_fp32(rows: int, tmp_path: Path) -> None:
+    """As they are beside fp16 elements."""
+    rings = build(tmp_path, rows, MLA_BF16=0)
     assert [play(rings, cases=600, seed=seed) for seed in (1, 2)] == ["ok", "ok"]
 
 
@@ -78,10 +79,10 @@ PAST_TILES = "a copy goes past the tiles"
 
 @dataclass(frozen=True)
 class Fault(simulators.Fault):
-    """One that shows with some number of query rows a CTA, or with parts in fp16."""
+    """One that shows with some number of query rows a CTA, or with the shortest ring."""
 
     rows: int = 64
-    halves: bool = False
+    shortest: bool = False
 
 
 READ_AND_RELEASE = (
@@ -89,17 +90,10 @@ READ_AND_RELEASE = (
     "        smem.ring.release(ordinal, kHalf);\n",
 )
 WRITE_AND_ANNOUNCE = (
-    "#pragma unroll\n"
-    "    for (int i = 0; i < kWarpUnits<kRows>; ++i) {\n"
-    "        float4 v[kUnitVectors];\n"
-    "#pragma unroll\n"
-    "        for (int k = 0; k < kUnitVectors; ++k) v[k] = values.vector(i * kUnitVectors + k);\n"
-    "        o[i][thread % 32] = pack_unit(v, scale);\n"
-    "    }\n"
-    "    __syncwarp();\n",
-    "    if ((threadIdx.x & 31) == 0) red_add_release(&p.arrivals[2 * w.first_cta], 1);\n",
+    "    if (lane == 0) slot.one[warp] = power_of_two(254 - exponent);\n    __syncwarp();\n",
+    "    if (lane == 0) red_add_release(&p.arrivals[2 * w.first_cta], 1);\n",
 )
-HALVES = {"MLA_HALF_PARTS": 1}
+SHORTEST = {"MLA_GROUP_SLOTS": 3, "MLA_ROTARY_SLOTS": 2}
 MERGE_MEETING = "named_barrier_sync(kBarrierMerge, kMergeThreads);"
 
 FAULTS = {
@@ -190,7 +184,7 @@ FAULTS = {
     ),
     "pieces are added before they have landed": Fault("copy_async_wait<0>();", "", (WRONG_PARTS, NOT_WAITED)),
     "pieces are replaced while a warp adds them": Fault(
-        f"{MERGE_MEETING}  // all have read the chunk", "", (WRONG_PARTS,)
+        f"{MERGE_MEETING}  // all have read the chunk", "", (WRONG_PARTS,), shortest=True
     ),
     "sums replace pieces that a warp adds": Fault(
         f"{MERGE_MEETING}  // all have read the parts", "", (WRONG_PARTS,), rows=8
@@ -202,16 +196,13 @@ FAULTS = {
         rows=8,
     ),
     "parts in fp16 are taken for what they are": Fault(
-        "const float one = ones(k)[warp % kOwnWarps];", "const float one = 1.f;", (WRONG_PARTS,), halves=True
+        "const float one = ones(k)[warp % kOwnWarps];", "const float one = 1.f;", (WRONG_PARTS,)
     ),
     "a warp's scale is another's": Fault(
-        "ones(k)[warp % kOwnWarps]", "ones(k)[(warp + 1) % kOwnWarps]", (WRONG_PARTS,), halves=True
+        "ones(k)[warp % kOwnWarps]", "ones(k)[(warp + 1) % kOwnWarps]", (WRONG_PARTS,)
     ),
     "a scale is not copied": Fault(
-        "if (kScaleBytes > 0 && lane < kOwnWarps / 4)",
-        "if (kScaleBytes > 0 && lane < kOwnWarps / 4 - 1)",
-        (WRONG_PARTS,),
-        halves=True,
+        "if (lane < kOwnWarps / 4)", "if (lane < kOwnWarps / 4 - 1)", (WRONG_PARTS,)
     ),
     "who merges does not count those that leave": Fault(
         "w.slices * kClusterCtas - 1)) arrived[0]", "w.parts * kClusterCtas - 1)) arrived[0]", (COUNTERS,)
@@ -232,11 +223,8 @@ def test_a_fault_is_seen(fault: Fault, tmp_path: Path) -> None:
     ]  # not run here
     [path] = [path for path in files if fault.before in path.read_text()]
     path.write_text(path.read_text().replace(fault.before, fault.after))
-    changed = HALVES if fault.halves else {}
-    assert play(build(tmp_path, fault.rows, sources, headers, **changed), cases=1000) in fault.complaints
-
-
-SHORTEST = {"MLA_GROUP_SLOTS": 3, "MLA_ROTARY_SLOTS": 2}
+    ring = SHORTEST if fault.shortest else {}
+    assert play(build(tmp_path, fault.rows, sources, headers, **ring), cases=1000) in fault.complaints
 
 
 @pytest.mark.parametrize("rows", [8, 64])

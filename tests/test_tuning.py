@@ -132,17 +132,8 @@ def test_macros_name_every_choice_that_a_cubin_has(rows):
     made = VARIANTS[rows]
     macros = dict(made.kernel_config("bf16").defines)
     for field in dataclasses.fields(DecodeTuning):
-        if field.name not in ("programmatic", "evict_first", "half_parts"):
+        if field.name != "programmatic":
             assert macros[f"MLA_{field.name.upper()}"] == getattr(made, field.name)
-
-
-@pytest.mark.parametrize("rows", VARIANTS)
-def test_what_is_off_has_no_macro(rows):
-    """So that what was measured before it was there is still what is compiled."""
-    off, on = VARIANTS[rows], replaced(rows, evict_first=True, half_parts=True)
-    for element, halves in (("bf16", {"MLA_HALF_PARTS": 1}), ("fp16", {})):
-        before, after = (dict(made.kernel_config(element).defines) for made in (off, on))
-        assert after == before | {"MLA_EVICT_FIRST": 1} | halves
 
 
 def test_names_of_cubins_tell_variants_apart():
@@ -187,7 +178,7 @@ def test_parts_of_all_ctas_have_room_in_what_ships(tuning):
 def test_a_short_ring_merges_fewer_parts():
     """Else a merge would take no unit at a time, and never end."""
     short = replaced(group_slots=4)
-    slice_bytes = 2 * 512 + 32 * 12  # a unit of each half, and the stats of two warps' rows
+    slice_bytes = 2 * 512 + 32 * 12 + 8 * 4  # a unit of each half, the stats of two warps' rows, scales
     ring = (4 * 4 + short.rotary_slots) * tuning.BOX_BYTES
     assert short.most_parts * slice_bytes <= ring < (short.most_parts + 1) * slice_bytes
     assert short.most_parts < 132
@@ -201,14 +192,14 @@ def test_a_unit_of_every_part_has_room(rows, groups, rotary, vectors):
     """``Merge`` of cuda/merge.cuh: else it would take no unit at a time. fp16 elements have parts in fp32."""
     slots = {"group_slots": groups, "rotary_slots": groups if rows == PAIR_ROWS else rotary}
     try:
-        made = replaced(rows, half_parts=vectors == 2, **slots)
+        made = replaced(rows, **slots)
     except TuningError:
         return  # it is none
     runs, own_warps = (2, 4) if rows == 64 else (1, 8)
     warp_units, warp_rows = min(rows, 64) // 2 // vectors, rows if rows < 64 else 16
     units = warp_units * own_warps
     (_, values), (_, rotary_bytes), *_ = made.shared_plan()
-    scales = 8 * 4 if vectors == 2 else 0
+    scales = 8 * 4
     for parts in range(2, min(132 // made.cluster_ctas, made.most_parts) + 1):
         for slices in (parts - 1, parts):
             for part in range(slices):

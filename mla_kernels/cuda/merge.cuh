@@ -1,6 +1,6 @@
 // The end of split items: every CTA that has one as its last item merges a slice of it, so that nobody merges twice.
 //
-// A unit is 512 bytes of a part, of one value warp (parts.cuh); a slice is a run of units, of neighbouring warps.
+// A unit is 512 bytes of a part, of one value warp; a slice is a run of units, of neighbouring warps.
 // All is latency here, and code that runs once is not in the instruction cache: copies bring every part's piece of the slice
 // at once into the place of the tiles, and what follows is short. (Bulk copies take 100 cycles each to issue from the lanes
 // of a warp: 4 us for 64 parts.)
@@ -15,10 +15,12 @@ template <int kRows, class Fragment, int kBytes>
 struct Merge {
     // Where warps have rows of their own: one a half of the columns, and of a pair of CTAs each merges its half.
     static constexpr int kRuns = Fragment::kWarpStride > 0 && kClusterCtas == 1 ? kGroups : 1;
-    static constexpr int kUnits = kWarpUnits<kRows> * (kValueThreads / 32) / (kRuns * kClusterCtas);
+    static constexpr int kOwnWarps = kValueThreads / 32 / kClusterCtas;  // value warps whose share this CTA merges
+    static constexpr int kUnits = kWarpUnits<kRows> * kOwnWarps / kRuns;
     static constexpr int kWarps = kMergeThreads / 32, kUnitBytes = 512;
-    // Where parts are fp16, their scales: of the value warps whose share this CTA merges.
-    enum : int { kOwnWarps = kValueThreads / 32 / kClusterCtas, kScaleBytes = kUnitVectors == 2 ? kOwnWarps * 4 : 0 };
+    struct Sum {
+        float4 vector[kUnitVectors];
+    };
 
     const DecodeParams& p;
     const WorkItem w;
@@ -31,12 +33,13 @@ struct Merge {
     const int first_row = warp_of(begin) * Fragment::kWarpStride;
     const int rows = (warp_of(end - 1) - warp_of(begin)) * Fragment::kWarpStride + Fragment::kWarpRows;
     // Units at a time: all of them, unless there are many parts and few slices.
-    const int chunk = min(end - begin, (kBytes - parts * rows * static_cast<int>(sizeof(RowStats)) - parts * kScaleBytes) / (parts * kRuns * kUnitBytes));
+    const int chunk = min(end - begin, (kBytes - parts * (rows * static_cast<int>(sizeof(RowStats)) + kOwnWarps * 4)) / (parts * kRuns * kUnitBytes));
 
     __device__ static int half_of(int run) { return kClusterCtas == 2 ? cluster_rank() : run; }
     __device__ static int warp_of(int unit) { return unit / kWarpUnits<kRows>; }
-    __device__ float* ones(int part) const { return reinterpret_cast<float*>(memory + parts * chunk * kRuns * kUnitBytes + part * kScaleBytes); }
-    __device__ RowStats* stats() const { return reinterpret_cast<RowStats*>(memory + parts * chunk * kRuns * kUnitBytes + parts * kScaleBytes); }
+    __device__ static int value_warp(int unit, int run) { return half_of(run) * (kUnits / kWarpUnits<kRows>) + warp_of(unit); }
+    __device__ float* ones(int part) const { return reinterpret_cast<float*>(memory + parts * chunk * kRuns * kUnitBytes) + part * kOwnWarps; }
+    __device__ RowStats* stats() const { return reinterpret_cast<RowStats*>(ones(parts)); }
     __device__ uint4* piece(int part_and_run, int units) const { return reinterpret_cast<uint4*>(memory + part_and_run * units * kUnitBytes); }
 
     __device__ const PartialSlot<kRows>& slot(int part) const { return slots[part == 0 ? 0 : part * stride - 1]; }
@@ -57,7 +60,7 @@ struct Merge {
             const auto* from = reinterpret_cast<const float4*>(&slot(k).stats[first_row]);
             auto* to = reinterpret_cast<float4*>(stats() + k * rows);
             for (int i = lane; i < vectors; i += 32) copy_async(to + i, from + i);
-            if (kScaleBytes > 0 && lane < kOwnWarps / 4) copy_async(ones(k) + lane * 4, slot(k).one + (kClusterCtas == 2 ? half_of(0) * kOwnWarps : 0) + lane * 4);
+            if (lane < kOwnWarps / 4) copy_async(ones(k) + lane * 4, slot(k).one + (kClusterCtas == 2 ? half_of(0) * kOwnWarps : 0) + lane * 4);
         }
     }
 
@@ -94,65 +97,36 @@ struct Merge {
     }
 
     // One warp: unit `first + u` of run `run`, over parts `team`, `team + teams`, ...
-#if MLA_HALF_PARTS
-    struct Sum {  // of a unit's two vectors
-        float4 first, second;
-        __device__ Sum(float4 v) : first(v), second(v) {}
-    };
-    __device__ static Sum weighted(Sum v, const Sum& a, float x, float y, float z, float w) {
-        v.first = ::weighted(v.first, a.first, x, y, z, w), v.second = ::weighted(v.second, a.second, x, y, z, w);
-        return v;
-    }
     __device__ Sum sum(int first, int u, int run, int units, int team, int teams) const {
-        const int warp = half_of(run) * (kUnits / kWarpUnits<kRows>) + warp_of(first + u), vector = (first + u) % kWarpUnits<kRows> * kUnitVectors;
-        const RowStats* weights[2][2];
+        const int warp = value_warp(first + u, run), owner = warp * 32 + lane;
+        const RowStats* weights[kUnitVectors][2];
 #pragma unroll
-        for (int i = 0; i < 4; ++i)  // an element's slot repeats: 0 0 1 1 or 0 1 0 1
-            weights[i / 2][i % 2] = stats() + Fragment::row(warp * 32 + lane, Fragment::slot(vector + i / 2, i % 2 * Fragment::kSlotStep)) - first_row;
-        Sum v = make_float4(0.f, 0.f, 0.f, 0.f);
+        for (int i = 0; i < kUnitVectors; ++i)
+#pragma unroll
+            for (int e = 0; e < 2; ++e)  // an element's slot repeats: 0 0 1 1 or 0 1 0 1
+                weights[i][e] = stats() + Fragment::row(owner, Fragment::slot(vector_of(first + u) + i, e * Fragment::kSlotStep)) - first_row;
+        Sum v = {};
 #pragma unroll 2
         for (int k = team; k < parts; k += teams) {
             float4 o[kUnitVectors];
             unpack_unit(piece(k * kRuns + run, units)[u * 32 + lane], o);
             const float one = ones(k)[warp % kOwnWarps];
-            const auto add = [&](float4 v, float4 a, int i) {
-                const float x = weights[i][0][k * rows].m * one, y = weights[i][1][k * rows].m * one;
-                return Fragment::kSlotStep == 2 ? ::weighted(v, a, x, x, y, y) : ::weighted(v, a, x, y, x, y);
-            };
-            v.first = add(v.first, o[0], 0), v.second = add(v.second, o[1], 1);
-        }
-        return v;
-    }
-    __device__ void store(int unit, int run, const Sum& v) const {
-        const int owner = (half_of(run) * (kUnits / kWarpUnits<kRows>) + warp_of(unit)) * 32 + lane, vector = unit % kWarpUnits<kRows> * kUnitVectors;
-        u16* out = out_row(p, first_query(p, w), w.row_block * kRows);
-        Fragment::store_one(out, valid_rows<kRows>(p, w), owner, vector, v.first);
-        Fragment::store_one(out, valid_rows<kRows>(p, w), owner, vector + 1, v.second);
-    }
-#else
-    using Sum = float4;
-    __device__ float4 sum(int first, int u, int run, int units, int team, int teams) const {
-        const int owner = (half_of(run) * (kUnits / kWarpUnits<kRows>) + warp_of(first + u)) * 32 + lane, vector = (first + u) % kWarpUnits<kRows> * kUnitVectors;
-        const RowStats* weights[2];
 #pragma unroll
-        for (int e = 0; e < 2; ++e)  // an element's slot repeats: 0 0 1 1 or 0 1 0 1
-            weights[e] = stats() + Fragment::row(owner, Fragment::slot(vector, e * Fragment::kSlotStep)) - first_row;
-        float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll 4
-        for (int k = team; k < parts; k += teams) {
-            const float x = weights[0][k * rows].m, y = weights[1][k * rows].m;
-            float4 o[kUnitVectors];
-            unpack_unit(piece(k * kRuns + run, units)[u * 32 + lane], o);
-            v = Fragment::kSlotStep == 2 ? weighted(v, o[0], x, x, y, y) : weighted(v, o[0], x, y, x, y);
+            for (int i = 0; i < kUnitVectors; ++i) {
+                const float x = weights[i][0][k * rows].m * one, y = weights[i][1][k * rows].m * one;
+                v.vector[i] = Fragment::kSlotStep == 2 ? weighted(v.vector[i], o[i], x, x, y, y) : weighted(v.vector[i], o[i], x, y, x, y);
+            }
         }
         return v;
     }
+    __device__ static int vector_of(int unit) { return unit % kWarpUnits<kRows> * kUnitVectors; }
 
-    __device__ void store(int unit, int run, float4 v) const {
-        const int owner = (half_of(run) * (kUnits / kWarpUnits<kRows>) + warp_of(unit)) * 32 + lane;
-        Fragment::store_one(out_row(p, first_query(p, w), w.row_block * kRows), valid_rows<kRows>(p, w), owner, unit % kWarpUnits<kRows> * kUnitVectors, v);
+    __device__ void store(int unit, int run, const Sum& v) const {
+#pragma unroll
+        for (int i = 0; i < kUnitVectors; ++i)
+            Fragment::store_one(out_row(p, first_query(p, w), w.row_block * kRows), valid_rows<kRows>(p, w), value_warp(unit, run) * 32 + lane,
+                                vector_of(unit) + i, v.vector[i]);
     }
-#endif
 
     __device__ void operator()() const {
         if (begin == end) return;
@@ -180,14 +154,16 @@ struct Merge {
                     store(first + job / kRuns, job % kRuns, sum(first, job / kRuns, job % kRuns, units, 0, 1));
             } else {  // warps share a unit's parts, and the first adds what the others have
                 const int teams = kWarps / jobs, team = warp / jobs, job = warp % jobs;
-                Sum v = make_float4(0.f, 0.f, 0.f, 0.f);
+                Sum v = {};
                 if (team < teams) v = sum(first, job / kRuns, job % kRuns, units, team, teams);
                 auto* sums = reinterpret_cast<Sum*>(memory) + lane;
                 named_barrier_sync(kBarrierMerge, kMergeThreads);  // all have read the parts
                 sums[warp * 32] = v;
                 named_barrier_sync(kBarrierMerge, kMergeThreads);
                 if (team == 0) {
-                    for (int other = 1; other < teams; ++other) v = weighted(v, sums[(warp + other * jobs) * 32], 1.f, 1.f, 1.f, 1.f);
+                    for (int other = 1; other < teams; ++other)
+#pragma unroll
+                        for (int i = 0; i < kUnitVectors; ++i) v.vector[i] = weighted(v.vector[i], sums[(warp + other * jobs) * 32].vector[i], 1.f, 1.f, 1.f, 1.f);
                     store(first + job / kRuns, job % kRuns, v);
                 }
             }

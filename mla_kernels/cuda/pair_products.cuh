@@ -12,6 +12,7 @@ struct PairProducts {
     float o[kHalfColumns / 2];
     u32 q[kRegisterSteps][4];
     u32 a[4][4];           // P, the A operand of PV
+    u32 own[kScores / 2];  // of it the own row's
     float m, l, n;         // RowStats of the thread's own row
     float pending;         // of l: the last tile's, which may have to be done again
 

@@ -6,7 +6,6 @@ constexpr int kRows = MLA_ROWS;
 static_assert(kRows == kPairRows && kPageIsTile, "pages are tiles, or several");
 constexpr int kSteps = kHeadDim / 2 / kStepK;  // of Q K^T in a CTA: 16 of its latent columns, 2 of its rotary ones
 constexpr int kLatentSteps = kGroupBoxes * kStepsPerBox;
-constexpr int kValueSteps = kLatentSteps;  // of PV: four of 16 tokens, for four boxes
 constexpr int kRegisterSteps = MLA_REGISTER_STEPS;  // of Q K^T, the first: their queries are in registers
 static_assert(kRegisterSteps % kStepsPerBox == 0 && kRegisterSteps < kLatentSteps, "whole boxes");
 constexpr int kQueryBoxes = kGroupBoxes - kRegisterSteps / kStepsPerBox;  // in shared memory

@@ -25,7 +25,7 @@ from .workloads import table_width
 
 THREADS = 16  # that compile
 WORTH = 1.01  # speed over the shipped variant from which another is taken: less is noise
-HBM_IDLE = 0.7  # of the time of its tiles a call may wait for HBM, and still tell what tiles cost
+HBM_IDLE = 1.0  # of the time of its tiles a call may wait for HBM, and still tell what tiles cost
 LEAST_POINTS = 5  # to fit a cost's three terms
 FIT_ROUNDS = 10
 SHIPPED_ROWS = tuple(tuning.rows for tuning in SHIPPED.variants)

@@ -250,8 +250,6 @@ class Variant(Section):
     register_steps: Count
     ahead_boxes: Count
     programmatic: bool
-    evict_first: bool = False  # not in records older than that
-    half_parts: bool = False
 
 
 class Record(Section):

@@ -268,6 +268,6 @@ def test_tune_prints_what_each_is_worth(monkeypatch, tmp_path, capsys, make_reco
     lines = out.splitlines()
     assert any("ahead_boxes=1" in line and "× 1.250 (1.250 to 1.250, 4 workloads)" in line for line in lines)
     assert any("register_steps=12" in line and "no room" in line for line in lines)
-    assert "rows=64 ahead_boxes=1: 7.6 us, 1.96 a tile, 7.7 to merge" in lines
-    assert "rows=8 as shipped: 4.9 us, 1.12 a tile, 3.6 to merge" in lines
+    assert "rows=64 ahead_boxes=1: 10.5 us, 1.91 a tile, 4.1 to merge" in lines
+    assert "rows=8 as shipped: 5.4 us, 0.98 a tile, 2.5 to merge" in lines
     assert load_table(tmp_path / "tuning.json").of_rows(64) == tuning_of(AHEAD)

@@ -104,7 +104,7 @@ static bool is_written(const WorkItem& w, int warp) {  // by this CTA, a value w
             unpack_unit(slot.o[warp][i][lane], found);
             for (int k = 0; k < kUnitVectors; ++k) {
                 const float4 o = output_of(w, w.part, warp * 32 + lane, i * kUnitVectors + k), v = found[k];
-                const float one = kUnitVectors == 2 ? slot.one[warp] : 1.f;
+                const float one = slot.one[warp];
                 if (v.x * one != o.x || v.y * one != o.y || v.z * one != o.z || v.w * one != o.w) return false;
             }
         }
@@ -142,7 +142,7 @@ static bool try_to_leave(const Other& other) {
                 for (int k = 0; k < kUnitVectors; ++k) o[k] = output_of(w, other.part, other.warp * 32 + lane, i * kUnitVectors + k);
                 slot.o[other.warp][i][lane] = pack_unit(o, 1.f / one);
             }
-        if (kUnitVectors == 2) slot.one[other.warp] = one;
+        slot.one[other.warp] = one;
         ++arrived[0];
     }
     ++progress;

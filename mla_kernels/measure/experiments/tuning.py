@@ -23,13 +23,7 @@ SHAPES = ((1, 4096), (128, 4096), (64, 16384))  # (b, kv)
 FULL_HEADS = (8, 16, 32, 64, 128)
 LIVE = ((16, (128, 4096)), (64, (128, 4096)), (128, (64, 16384)))  # (h_q, shape)
 
-EVERYWHERE = (
-    ("programmatic=0",),
-    ("item_units=6",),
-    ("align_percent=0",),
-    ("min_tiles=2",),
-    ("evict_first=1", "half_parts=1"),
-)
+EVERYWHERE = (("programmatic=0",), ("item_units=6",), ("align_percent=0",), ("min_tiles=2",))
 OF_FEW_ROWS = (
     ("group_slots=4",),  # two tiles
     ("group_slots=3",),  # a tile and a half
