@@ -87,7 +87,7 @@ class Fault(simulators.Fault):
 
 READ_AND_RELEASE = (
     "        by_warp([&] { read_operands(ordinal); });\n",
-    "        smem.ring.release(ordinal, kHalf);\n",
+    "        smem.ring.release(ordinal, half);\n",
 )
 WRITE_AND_ANNOUNCE = (
     "    if (lane == 0) slot.one[warp] = power_of_two(254 - exponent);\n    __syncwarp();\n",

@@ -8,6 +8,7 @@
 // operands in shared memory reads it at the full 128 B/clk.
 // Warps: 0-3 and 4-7 values, 8-11 scores, 12 schedules, 13 streams, 14 and 15 idle.
 // Shared memory: a ring of 2 1/2 tiles (5 groups of four boxes, 3 rotary boxes), 5 boxes of queries.
+#include "fragment.cuh"
 #include "persistent.cuh"
 
 constexpr int kRows = MLA_ROWS;
@@ -35,8 +36,6 @@ struct SharedMemory {
     __device__ void init_barriers() {}             // none of its own
     __device__ void fetch_queries(const DecodeParams&) {}  // they come through the ring
 };
-
-#include "fragment.cuh"  // here, since ptxas arranges the kernel otherwise where it stands above, and the records are of this one
 
 struct Scores {
     const DecodeParams& p;
@@ -251,14 +250,14 @@ struct Scores {
     }
 };
 
-template <int kHalf>
 struct Values {
     using Fragment = RowsFragment;
     const DecodeParams& p;
     SharedMemory& smem;
     float o[kPvParts][kPvColumns / 2];
+    const u32 half;  // of the columns: the warpgroup's boxes
 
-    __device__ Values(const DecodeParams& p, SharedMemory& smem) : p(p), smem(smem) {}
+    __device__ Values(const DecodeParams& p, SharedMemory& smem, u32 half) : p(p), smem(smem), half(half) {}
 
     __device__ void reset() {
 #pragma unroll
@@ -277,8 +276,8 @@ struct Values {
         }
         if constexpr (kMath) {
             const u32 probabilities = descriptor_k_major(smem.ring.box(ordinal, kRotaryBox));
+            const u32 v = descriptor_token_major(smem.ring.box(ordinal, half * kGroupBoxes));
             wgmma_fence();
-            const u32 v = descriptor_token_major(smem.ring.box(ordinal, kHalf * kGroupBoxes));
 #pragma unroll
             for (int step = 0; step < 4; ++step)
 #pragma unroll
@@ -290,7 +289,7 @@ struct Values {
         }
 #pragma unroll
         for (int part = 0; part < kPvParts; ++part) wgmma_fence_operands(o[part]);
-        smem.ring.release(ordinal, kHalf);
+        smem.ring.release(ordinal, half);
     }
 
     __device__ float& at(int i) { return o[i / (kPvColumns / 2)][i % (kPvColumns / 2)]; }

@@ -221,14 +221,14 @@ struct Scores {
     }
 };
 
-template <int kHalf>
 struct Values {
     using Fragment = SwappedFragment;
     const DecodeParams& p;
     SharedMemory& smem;
     float o[kGroupBoxes][kRows / 2];
+    const u32 half;  // of the columns: the warpgroup's boxes
 
-    __device__ Values(const DecodeParams& p, SharedMemory& smem) : p(p), smem(smem) {}
+    __device__ Values(const DecodeParams& p, SharedMemory& smem, u32 half) : p(p), smem(smem), half(half) {}
 
     __device__ void reset() {
 #pragma unroll
@@ -256,7 +256,7 @@ struct Values {
         if constexpr (kMath) {
             const u32 probabilities = descriptor_k_major(smem.ring.box(ordinal, kRotaryBox));
             wgmma_fence();
-            const u32 v = descriptor_token_major(smem.ring.box(ordinal, kHalf * kGroupBoxes));
+            const u32 v = descriptor_token_major(smem.ring.box(ordinal, half * kGroupBoxes));
 #pragma unroll
             for (int step = 0; step < kStepsPerBox; ++step)
 #pragma unroll
@@ -268,7 +268,7 @@ struct Values {
         }
 #pragma unroll
         for (int c = 0; c < kGroupBoxes; ++c) wgmma_fence_operands(o[c]);
-        smem.ring.release(ordinal, kHalf);
+        smem.ring.release(ordinal, half);
     }
 
     __device__ float4 vector(int j) const {

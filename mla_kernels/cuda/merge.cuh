@@ -45,20 +45,21 @@ struct Merge {
     __device__ const PartialSlot<kRows>& slot(int part) const { return slots[part == 0 ? 0 : part * stride - 1]; }
 
     __device__ void load_units(int first, int units) const {
-#pragma unroll 2
+#pragma unroll 1
         for (int i = warp; i < parts * kRuns; i += kWarps) {
             const uint4* o = slot(i / kRuns).o[0][0] + (half_of(i % kRuns) * kUnits + first) * 32 + lane;
             uint4* to = piece(i, units) + lane;
-#pragma unroll 4
+#pragma unroll 1
             for (int u = 0; u < units; ++u) copy_async(to + u * 32, o + u * 32);
         }
     }
     __device__ void load_stats() const {
         const int vectors = rows * static_cast<int>(sizeof(RowStats)) / 16;
-#pragma unroll 2
+#pragma unroll 1
         for (int k = warp; k < parts; k += kWarps) {
             const auto* from = reinterpret_cast<const float4*>(&slot(k).stats[first_row]);
             auto* to = reinterpret_cast<float4*>(stats() + k * rows);
+#pragma unroll 1
             for (int i = lane; i < vectors; i += 32) copy_async(to + i, from + i);
             if (lane < kOwnWarps / 4) copy_async(ones(k) + lane * 4, slot(k).one + (kClusterCtas == 2 ? half_of(0) * kOwnWarps : 0) + lane * 4);
         }
@@ -72,11 +73,11 @@ struct Merge {
         for (int row = thread / kLanes; row < rows; row += kMergeThreads / kLanes) {
             RowStats* of_row = stats() + row;
             float m = -kInfinity, l = 0.f, n = 0.f;
-#pragma unroll 2
+#pragma unroll 1
             for (int k = own; k < parts; k += kLanes) m = fmaxf(m, of_row[k * rows].m);
 #pragma unroll
             for (int step = 1; step < kLanes; step *= 2) m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, step));
-#pragma unroll 2
+#pragma unroll 1
             for (int k = own; k < parts; k += kLanes) {
                 const float weight = rescale_factor(of_row[k * rows].m, m);
                 l += of_row[k * rows].l * weight;
@@ -148,24 +149,24 @@ struct Merge {
             }
             copy_async_wait<0>();
             named_barrier_sync(kBarrierMerge, kMergeThreads);
-            if (jobs > kWarps / 2) {
-#pragma unroll 2
-                for (int job = warp; job < jobs; job += kWarps)
-                    store(first + job / kRuns, job % kRuns, sum(first, job / kRuns, job % kRuns, units, 0, 1));
-            } else {  // warps share a unit's parts, and the first adds what the others have
-                const int teams = kWarps / jobs, team = warp / jobs, job = warp % jobs;
+            // Where units are few, warps share a unit's parts, and the first adds what the others have.
+            const int teams = max(kWarps / jobs, 1), team = warp / jobs;
+#pragma unroll 1
+            for (int job = teams > 1 ? warp % jobs : warp; job < jobs; job += kWarps) {
                 Sum v = {};
                 if (team < teams) v = sum(first, job / kRuns, job % kRuns, units, team, teams);
-                auto* sums = reinterpret_cast<Sum*>(memory) + lane;
-                named_barrier_sync(kBarrierMerge, kMergeThreads);  // all have read the parts
-                sums[warp * 32] = v;
-                named_barrier_sync(kBarrierMerge, kMergeThreads);
-                if (team == 0) {
+                if (teams > 1) {
+                    auto* sums = reinterpret_cast<Sum*>(memory) + lane;
+                    named_barrier_sync(kBarrierMerge, kMergeThreads);  // all have read the parts
+                    sums[warp * 32] = v;
+                    named_barrier_sync(kBarrierMerge, kMergeThreads);
+                    if (team > 0) break;
+#pragma unroll 1
                     for (int other = 1; other < teams; ++other)
 #pragma unroll
                         for (int i = 0; i < kUnitVectors; ++i) v.vector[i] = weighted(v.vector[i], sums[(warp + other * jobs) * 32].vector[i], 1.f, 1.f, 1.f, 1.f);
-                    store(first + job / kRuns, job % kRuns, v);
                 }
+                store(first + job / kRuns, job % kRuns, v);
             }
             named_barrier_sync(kBarrierMerge, kMergeThreads);  // all have read the chunk
         }

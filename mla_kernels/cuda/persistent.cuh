@@ -9,7 +9,7 @@
 // The score warpgroup is a tile or two ahead of the value warpgroups, so that one's softmax runs under the others' WGMMA.
 // A kernel brings its SharedMemory (ring, queue, sums, to_merge, init_barriers(), fetch_queries()) and two roles:
 //   Scores          begin, tiles, end, and for finish_tile mask, softmax, store_p, keep
-//   Values<half>    Fragment, reset, tile, vector
+//   Values          Fragment, reset, tile, vector
 #pragma once
 #include "loader.cuh"
 #include "merge.cuh"
@@ -70,9 +70,9 @@ __device__ __forceinline__ void score_items(const DecodeParams& p, SharedMemory&
 }
 
 template <int kRows, class Values, class SharedMemory>
-__device__ __forceinline__ void value_items(const DecodeParams& p, SharedMemory& smem) {
+__device__ __forceinline__ void value_items(const DecodeParams& p, SharedMemory& smem, u32 half) {
     using Fragment = typename Values::Fragment;
-    Values values(p, smem);
+    Values values(p, smem, half);
     for (u32 index = 0;; ++index) {
         const WorkItem& w = smem.queue.wait(index);
         if (w.request < 0) break;
@@ -98,7 +98,7 @@ __device__ __forceinline__ void value_items(const DecodeParams& p, SharedMemory&
 }
 
 // Each role is its own instance under one if/else: otherwise ptxas serializes WGMMA or ignores setmaxnreg.
-template <int kRows, class Scores, template <int> class Values, class SharedMemory>
+template <int kRows, class Scores, class Values, class SharedMemory>
 __device__ __forceinline__ void run_cta(const DecodeParams& p, SharedMemory& smem) {
     static_assert(sizeof(SharedMemory) <= kMaxSharedBytes, "shared memory is 227 KB");
     if (threadIdx.x == 0) {
@@ -129,16 +129,13 @@ __device__ __forceinline__ void run_cta(const DecodeParams& p, SharedMemory& sme
         if (kScoreRegisters >= 128) setmaxnreg_inc<kScoreRegisters>();
         else setmaxnreg_dec<kScoreRegisters>();
         score_items<kRows, Scores>(p, smem);
-    } else if (warpgroup == 0) {
-        setmaxnreg_inc<kValueRegisters>();
-        value_items<kRows, Values<0>>(p, smem);
     } else {
         setmaxnreg_inc<kValueRegisters>();
-        value_items<kRows, Values<1>>(p, smem);
+        value_items<kRows, Values>(p, smem, in_uniform(warpgroup));
     }
     named_barrier_sync(kBarrierMerge, kMergeThreads);
     if (smem.to_merge.request >= 0) {  // when all parts are there, this CTA's too, its tiles have been read
-        Merge<kRows, typename Values<0>::Fragment, TileRing::kBytes>{p, smem.to_merge, reinterpret_cast<char*>(smem.ring.group)}();
+        Merge<kRows, typename Values::Fragment, TileRing::kBytes>{p, smem.to_merge, reinterpret_cast<char*>(smem.ring.group)}();
         leave_merge(p, smem.to_merge);
     }
 }

@@ -88,6 +88,11 @@ struct TileRing {  // at a multiple of 1,024 bytes, the swizzle's atom
     // Until the group's slot is this ordinal's. Who has not waited for the slot's use before (it was the other warpgroup's)
     // would otherwise take the parity of the one before that for this one's.
     __device__ void wait_free(u32 ordinal, u32 g) { mbarrier_wait(&group_empty[group_slot(ordinal, g)], group_phase(ordinal, g) ^ 1); }
+    // Until a tile has been read.
+    __device__ void wait_read(u32 ordinal) {
+#pragma unroll 1
+        for (int g = 0; g < kGroups; ++g) mbarrier_wait(&group_empty[group_slot(ordinal, g)], group_phase(ordinal, g));
+    }
     // One thread: the nine boxes at row `y` of page or sequence `z`.
     __device__ void load(u32 ordinal, const TensorMap* map, int y, int z) {
 #pragma unroll 1

@@ -60,7 +60,9 @@ __device__ __forceinline__ void write_empty(const DecodeParams& p, const WorkIte
     const u32 packed = pack_elements(fill, fill);
     const u32 thread = value_thread();
     auto* out = reinterpret_cast<uint2*>(out_row(p, first_query(p, w), w.row_block * kRows));
+#pragma unroll 1
     for (int i = thread; i < rows * kHeadDimV / 4; i += kValueThreads) out[i] = make_uint2(packed, packed);
+#pragma unroll 1
     for (int r = thread; r < rows; r += kValueThreads)
         store_lse(p, w.request, first_query(p, w), w.row_block * kRows + r, w.invalid ? kNan : -kInfinity);
 }

@@ -310,12 +310,12 @@ struct FakeFragment {  // rows as in decode_rows.cu or decode_swapped.cu
     }
 };
 
-template <int kHalf>
 struct Values {
     using Fragment = FakeFragment;
+    const u32 half;
     float4 o[kVectors<kRows>];
 
-    Values(const DecodeParams&, SharedMemory&) {}
+    Values(const DecodeParams&, SharedMemory&, u32 half) : half(half) {}
 
     void reset() { std::fill(std::begin(o), std::end(o), make_float4(0.f, 0.f, 0.f, 0.f)); }
     void tile(u32 ordinal) {
@@ -323,11 +323,11 @@ struct Values {
         if (!tiles.at(ordinal).scored) fail("a tile was multiplied before it was scored");
         for (float4& v : o) v = make_float4(v.x + 1.f, v.y + 1.f, v.z + 1.f, v.w + 1.f);
         by_warp([&] { read_operands(ordinal); });
-        smem.ring.release(ordinal, kHalf);
+        smem.ring.release(ordinal, half);
     }
-    static void read_operands(u32 ordinal) {
+    void read_operands(u32 ordinal) const {
         const Tile& t = tiles.at(ordinal);
-        for (int c = kHalf * kGroupBoxes; c < (kHalf + 1) * kGroupBoxes; ++c)
+        for (u32 c = half * kGroupBoxes; c < (half + 1) * kGroupBoxes; ++c)
             read_key(ordinal, c, t.item->kv_len - t.tile * kTileTokens);
         read(smem.ring.box(ordinal, kRotaryBox), kBoxBytes, Scores::probabilities(ordinal));
     }
