@@ -30,7 +30,7 @@ def test_parts_in_fp16_have_room_for_any_latents(scale):
     inputs = materialize(explicit(LENGTHS[2:], h_q=64))
     inputs.kv_cache.mul_(scale)
     inputs.q.div_(scale)
-    assert check(inputs, bind(name_of("", rows=64), inputs), seed=0).excess("bf16") is None
+    assert check(inputs, bind(name_of(rows=64), inputs), seed=0).excess("bf16") is None
 
 
 @pytest.mark.parametrize("changes", ["ahead_boxes=1", "ahead_boxes=4", "group_slots=4", "item_units=6"])
