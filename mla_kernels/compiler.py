@@ -76,20 +76,21 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mla_kernels"
 
 
-def source_files(source: str) -> list[Path]:
+def source_files(source: str, folder: Path | None = None) -> list[Path]:
     """The kernel file and every header it includes, directly or not, in order of first use."""
+    folder = folder or CUDA_DIR
     found: list[Path] = []
 
     def visit(path: Path) -> None:
         if path in found:
             return
         if not path.is_file():
-            raise CompileError(f"{path.name}: no such file in {CUDA_DIR}")
+            raise CompileError(f"{path.name}: no such file in {folder}")
         found.append(path)
         for header in re.findall(r'^\s*#include\s+"([^"]+)"', path.read_text(), re.MULTILINE):
-            visit(CUDA_DIR / header)
+            visit(folder / header)
 
-    visit(CUDA_DIR / source)
+    visit(folder / source)
     return found
 
 
@@ -122,15 +123,17 @@ def compile_options(config: KernelConfig) -> tuple[str, ...]:
     return (f"-arch={ARCH}", "-std=c++17", *defines)
 
 
-def compile_kernel(config: KernelConfig) -> CompiledKernel:
+def compile_kernel(config: KernelConfig, folder: Path | None = None) -> CompiledKernel:
     """The cubin of ``config``, from the cache or compiled now. Concurrent processes compile it once.
+
+    ``folder``: of the sources, if not this tree's.
 
     Raises:
         CompileError: NVRTC's log.
     """
     options = compile_options(config)
     key = hashlib.sha256("\0".join((nvrtc_version(), *options)).encode())
-    for path in source_files(config.source):
+    for path in source_files(config.source, folder):
         key.update(path.name.encode() + b"\0" + path.read_bytes())
     directory = cache_directory()
     directory.mkdir(parents=True, exist_ok=True)
@@ -142,7 +145,7 @@ def compile_kernel(config: KernelConfig) -> CompiledKernel:
         if hit := _cached(config, cubin, options):
             return hit
         start = time.perf_counter()
-        code, log = _nvrtc(config)
+        code, log = _nvrtc(config, folder or CUDA_DIR)
         seconds = time.perf_counter() - start
         sha256 = hashlib.sha256(code).hexdigest()
         _replace(cubin, code)
@@ -167,20 +170,20 @@ def _cached(config: KernelConfig, cubin: Path, options: tuple[str, ...]) -> Comp
 _importing = threading.Lock()  # cuda.core's import is not safe when threads race for it
 
 
-def _nvrtc(config: KernelConfig) -> tuple[bytes, str]:
+def _nvrtc(config: KernelConfig, folder: Path) -> tuple[bytes, str]:
     with _importing:
         from cuda.core import Program, ProgramOptions
 
     options = ProgramOptions(
         arch=ARCH,
         std="c++17",
-        include_path=[str(CUDA_DIR)],
+        include_path=[str(folder)],
         define_macro=[(name, str(value)) for name, value in config.defines] or None,
         ptxas_options=["-v"],
     )
     log = _Log()
     try:
-        program = Program((CUDA_DIR / config.source).read_text(), "c++", options)
+        program = Program((folder / config.source).read_text(), "c++", options)
         code = program.compile("cubin", logs=log)
     except Exception as error:  # cuda.core raises its own NVRTCError, which carries the log
         raise CompileError(f"{config.name}: {error}") from error
@@ -213,7 +216,7 @@ def resource_report(kernel: CompiledKernel) -> ResourceReport:
     fields = {
         key: int(value) for key, value in re.findall(r"\b([A-Z]+):(\d+)", usage.split("Function", 1)[-1])
     }
-    sass = _run_tool("nvdisasm", "-c", str(kernel.path))
+    sass = instructions(kernel)
     opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", sass, re.MULTILINE)
     return ResourceReport(
         registers=fields["REG"],
@@ -225,6 +228,11 @@ def resource_report(kernel: CompiledKernel) -> ResourceReport:
         utmaldg=opcodes.count("UTMALDG"),
         instructions=len(opcodes),
     )
+
+
+def instructions(kernel: CompiledKernel) -> str:
+    """Those of a cubin, as nvdisasm lists them. Raises ToolMissing as ``resource_report`` does."""
+    return _run_tool("nvdisasm", "-c", str(kernel.path))
 
 
 def _run_tool(name: str, *arguments: str) -> str:

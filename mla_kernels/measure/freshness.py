@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from .calls import PrefillWorkload
 from .figures import DECODE, query_rows
 from .hardware import load_hardware
 from .prefill_candidates import prefill_configs, serving_names
-from .provenance import DATA
+from .provenance import DATA, UnknownCommit, sources_at
 from .records import Kernel, Point, Record, RecordError, load_record
 from .workloads import table_width
 
@@ -26,7 +27,8 @@ def check_fresh(record: Record, path: str | os.PathLike) -> None:
     """Raises RecordError where a kernel is not that of this tree, or where there is none.
 
     It is where its sources have the same digest, or where they compile, as then, to the same machine code:
-    what changed was for other instances.
+    what changed was for other instances. The same instructions are enough, since a constant that nothing
+    reads changes a cubin, too; but then git must have the commit that was measured, to compile it again.
     """
     from mla_kernels.compiler import CompileError, source_digest
 
@@ -42,9 +44,9 @@ def check_fresh(record: Record, path: str | os.PathLike) -> None:
         if digest != kernel.digest:
             changed.append((index, kernel, digest))
     with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
-        codes = threads.map(lambda entry: _machine_code(entry[1]), changed)
-        for (index, kernel, digest), code in zip(changed, codes, strict=True):
-            if code != kernel.cubin_sha256:
+        same = threads.map(lambda entry: _is_same_code(entry[1], record.run.commit), changed)
+        for (index, kernel, digest), is_same in zip(changed, same, strict=True):
+            if not is_same:
                 found = (
                     f"{kernel.source} was {kernel.digest[:12]}… when measured and is {digest[:12]}… now, and "
                     f"{kernel.name} does not compile to the code that was measured"
@@ -52,18 +54,23 @@ def check_fresh(record: Record, path: str | os.PathLike) -> None:
                 raise RecordError(path, f"source.kernels.{index}.digest", found, STALE)
 
 
-def _machine_code(kernel: Kernel) -> str | None:
-    """sha256 of what this tree's sources compile to with the kernel's options, None where they do not."""
-    from mla_kernels.compiler import CompileError, KernelConfig, compile_kernel
+def _is_same_code(kernel: Kernel, commit: str) -> bool:
+    """Whether this tree's sources compile, with the kernel's options, to what was measured at ``commit``."""
+    from mla_kernels.compiler import CompileError, KernelConfig, ToolMissing, compile_kernel, instructions
 
     defines = re.findall(r"^-D(\w+)=(\d+)$", "\n".join(kernel.options), re.MULTILINE)
     config = KernelConfig(
         kernel.source, tuple((name, int(value)) for name, value in defines), kernel.name, 0, 0
     )
     try:
-        return compile_kernel(config).sha256
-    except (CompileError, ImportError):  # or there is no compiler
-        return None
+        now = compile_kernel(config)
+        if now.sha256 == kernel.cubin_sha256:
+            return True
+        with tempfile.TemporaryDirectory() as folder:
+            then = compile_kernel(config, sources_at(commit, Path(folder)))
+        return then.sha256 == kernel.cubin_sha256 and instructions(then) == instructions(now)
+    except (CompileError, ImportError, ToolMissing, UnknownCommit):  # or there is no compiler
+        return False
 
 
 def check_options(record: Record, path: str | os.PathLike) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import datetime
 import functools
 import importlib.metadata
+import io
 import os
 import platform
 import re
 import subprocess
+import tarfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -58,6 +60,19 @@ def commit() -> tuple[str, bool]:
 def _git(*arguments: str) -> str:
     result = subprocess.run(["git", "-C", ROOT, *arguments], check=True, capture_output=True, text=True)
     return result.stdout.strip()
+
+
+def sources_at(revision: str, folder: Path) -> Path:
+    """The CUDA sources of a commit, unpacked into ``folder``: where they are. Raises UnknownCommit."""
+    try:
+        archive = subprocess.run(
+            ["git", "-C", ROOT, "archive", revision, "mla_kernels/cuda"], check=True, capture_output=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UnknownCommit(f"git has no commit {revision} of {ROOT}: fetch the whole history") from error
+    with tarfile.open(fileobj=io.BytesIO(archive)) as unpacked:
+        unpacked.extractall(folder, filter="data")
+    return folder / "mla_kernels" / "cuda"
 
 
 @functools.cache

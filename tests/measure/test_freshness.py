@@ -2,9 +2,11 @@
 
 import json
 import shutil
+import subprocess
 
 import pytest
 
+from mla_kernels.measure import provenance
 from mla_kernels.measure.__main__ import main
 from mla_kernels.measure.freshness import check_fresh, problems
 from mla_kernels.measure.hardware import HARDWARE, load_hardware
@@ -69,6 +71,61 @@ def test_other_text_of_the_same_machine_code_is_fresh(make_fresh):
     check_fresh(make_fresh(digest="0" * 64, cubin_sha256=code), "r.json")
     with pytest.raises(RecordError, match="does not compile to the code that was measured"):
         check_fresh(make_fresh(digest="0" * 64, cubin_sha256="1" * 64), "r.json")
+
+
+@pytest.fixture
+def measured_elsewhere(tmp_path, monkeypatch, make_record):
+    """A record of stream_read.cu at a commit where ``before`` read ``after`` in it."""
+    from mla_kernels.compiler import CUDA_DIR, compile_kernel, compile_options
+    from mla_kernels.launch import STREAM_READ
+
+    def measure(before, after):
+        sources = tmp_path / "mla_kernels" / "cuda"
+        shutil.copytree(CUDA_DIR, sources)
+        text = (sources / STREAM_READ.source).read_text()
+        assert text.count(before) == 1
+        (sources / STREAM_READ.source).write_text(text.replace(before, after))
+        for arguments in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "as it was measured"]):
+            who = ("-c", "user.name=nobody", "-c", "user.email=nobody@example.com")
+            subprocess.run(["git", *who, *arguments], cwd=tmp_path, check=True)
+        monkeypatch.setattr(provenance, "ROOT", tmp_path)
+        fields = {
+            "name": STREAM_READ.name,
+            "source": STREAM_READ.source,
+            "digest": "0" * 64,
+            "options": list(compile_options(STREAM_READ)),
+            "cubin_sha256": compile_kernel(STREAM_READ, sources).sha256,
+        }
+        template = make_record()
+        kernel = template.source.kernels[0].model_copy(update=fields)
+        run = template.run.model_copy(update={"commit": provenance._git("rev-parse", "HEAD")})
+        return template.model_copy(update={"source": Source(kernels=[kernel]), "run": run})
+
+    return measure
+
+
+STREAMED = 'extern "C" __global__'
+STALE_CODE = "does not compile to the code that was measured"
+
+
+def test_the_same_instructions_are_fresh_beside_another_constant(measured_elsewhere):
+    record = measured_elsewhere(STREAMED, f"constexpr int kUnread = 7;\n\n{STREAMED}")
+    check_fresh(record, "r.json")
+    lost = record.run.model_copy(update={"commit": "0" * 40})
+    with pytest.raises(RecordError, match=STALE_CODE):
+        check_fresh(record.model_copy(update={"run": lost}), "r.json")
+
+
+def test_other_instructions_are_stale(measured_elsewhere):
+    with pytest.raises(RecordError, match=STALE_CODE):
+        check_fresh(measured_elsewhere("folded == 0xffffffffu", "folded == 0xfffffffeu"), "r.json")
+
+
+def test_a_cubin_that_its_commit_does_not_give_is_stale(measured_elsewhere):
+    record = measured_elsewhere(STREAMED, f"constexpr int kUnread = 7;\n\n{STREAMED}")
+    kernel = record.source.kernels[0].model_copy(update={"cubin_sha256": "1" * 64})
+    with pytest.raises(RecordError, match=STALE_CODE):
+        check_fresh(record.model_copy(update={"source": Source(kernels=[kernel])}), "r.json")
 
 
 def test_a_kernel_that_serves_a_point_must_be_in_the_record(data, make_fresh, make_point):
