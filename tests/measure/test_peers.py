@@ -20,7 +20,7 @@ def test_a_peer_that_was_not_fetched_names_the_remedy(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLA_KERNELS_PEERS", str(tmp_path))
-    with pytest.raises(PeerUnavailable, match=r"is not there: run `make peers`"):
+    with pytest.raises(PeerUnavailable, match=r"is not among the fetched peers: run `make peers`"):
         find(f"peer:{name}")
 
 
@@ -31,7 +31,9 @@ def test_flashinfer_needs_the_metadata_of_tvm_ffi(tmp_path: Path, monkeypatch: p
         path = tmp_path / "site" / name
         path.parent.mkdir(parents=True)
         path.touch()
-    with pytest.raises(PeerUnavailable, match=r"apache_tvm_ffi-\*\.dist-info/METADATA is not there"):
+    with pytest.raises(
+        PeerUnavailable, match=r"apache_tvm_ffi-\*\.dist-info/METADATA is not among the fetched peers"
+    ):
         find("peer:flashinfer_fa3")
 
 

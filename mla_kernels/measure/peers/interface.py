@@ -49,7 +49,7 @@ def home() -> Path:
 def missing(*paths: str) -> str | None:
     """Why peers of these files (patterns in ``home()``) cannot be used, None if all are there."""
     absent = [path for path in paths if not any(home().glob(path))]
-    return f"{home() / absent[0]} is not there: {REMEDY}" if absent else no_gpu()
+    return f"{absent[0]} is not among the fetched peers: {REMEDY}" if absent else no_gpu()
 
 
 def no_gpu() -> str | None:
