@@ -7,8 +7,9 @@
 
 // Run by one warp, a page being a tile or several: streams the items' tiles.
 __device__ __forceinline__ void load_items(const DecodeParams& p, TileRing& ring, ItemQueue& queue) {
-    // Two tiles at a time, each in one go, where the ring has room for more and no other CTA waits for them: the HBM gives halves of
-    // tiles, some time apart, 1 to 1.5 % slower. (Side by side, CTAs hide in what else there is that one is ahead of the other.)
+    // Two tiles at a time, each in one go, though the ring has room for more: the HBM gives halves of tiles, some time apart, 1 to
+    // 1.5 % slower. (Not where CTAs side by side read the same tiles. They are 1.5 to 2 % slower so: what is more in the ring hides
+    // that one is ahead of the other. 04's log, 2026-11-27.)
     const bool whole_tiles = MLA_ROWS < kTileTokens && kGroupSlots > 2 * kGroups && gridDim.x == 1;
     const int lane = threadIdx.x & 31;
     for (u32 index = 0;; ++index) {

@@ -97,7 +97,8 @@ __device__ __forceinline__ void value_items(const DecodeParams& p, SharedMemory&
     }
 }
 
-// Each role is its own instance under one if/else: otherwise ptxas serializes WGMMA or ignores setmaxnreg.
+// Each role is its own instance under one if/else: otherwise ptxas serializes WGMMA or ignores setmaxnreg. (The two value
+// warpgroups are one: two take 28 KB more with 64 rows, and what runs once has to stay in the instruction cache.)
 template <int kRows, class Scores, class Values, class SharedMemory>
 __device__ __forceinline__ void run_cta(const DecodeParams& p, SharedMemory& smem) {
     static_assert(sizeof(SharedMemory) <= kMaxSharedBytes, "shared memory is 227 KB");
