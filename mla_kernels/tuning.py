@@ -55,8 +55,8 @@ class DecodeTuning:
     Args:
         rows: query rows a CTA; 64 is ``decode_rows.cu``, fewer ``decode_swapped.cu``, 128 a pair of CTAs
             (``decode_pair.cu``).
-        group_slots: groups of four boxes (64 tokens x 256 columns) that the ring of tiles holds. (Of fewer than
-            64 rows, a CTA that shares its tiles with none keeps to four: cuda/loader.cuh.)
+        group_slots: groups of four boxes (64 tokens x 256 columns) that the ring of tiles holds. (Of fewer
+            than 64 rows, a CTA that shares its tiles with none keeps to four: cuda/loader.cuh.)
         rotary_slots: boxes of rotary columns in it, which P takes the place of. Of 128 rows half boxes.
         value_registers, score_registers, producer_registers: of a thread of those warpgroups.
         item_units: what an item costs besides its tiles, in tiles, for the schedule.
