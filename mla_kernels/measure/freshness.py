@@ -7,6 +7,7 @@ import re
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mla_kernels.choice import SHIPPED
 from mla_kernels.tuning import TILE_TOKENS, pages_of
@@ -19,6 +20,9 @@ from .prefill_candidates import prefill_configs, serving_names
 from .provenance import DATA, UnknownCommit, sources_at
 from .records import Kernel, Point, Record, RecordError, load_record
 from .workloads import table_width
+
+if TYPE_CHECKING:
+    from mla_kernels.compiler import CompiledKernel
 
 STALE = "measure again with `make record` on a GPU, or check out the commit that was measured"
 
@@ -44,32 +48,41 @@ def check_fresh(record: Record, path: str | os.PathLike) -> None:
         if digest != kernel.digest:
             changed.append((index, kernel, digest))
     with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
-        same = threads.map(lambda entry: _is_same_code(entry[1], record.run.commit), changed)
-        for (index, kernel, digest), is_same in zip(changed, same, strict=True):
-            if not is_same:
-                found = (
-                    f"{kernel.source} was {kernel.digest[:12]}… when measured and is {digest[:12]}… now, and "
-                    f"{kernel.name} does not compile to the code that was measured"
-                )
-                raise RecordError(path, f"source.kernels.{index}.digest", found, STALE)
+        compiled = list(threads.map(lambda entry: _compiled(entry[1]), changed))
+    for (index, kernel, digest), now in zip(changed, compiled, strict=True):
+        if now is None or not _is_what_was_measured(now, kernel, record.run.commit):
+            found = (
+                f"{kernel.source} was {kernel.digest[:12]}… when measured and is {digest[:12]}… now, and "
+                f"{kernel.name} does not compile to the code that was measured"
+            )
+            raise RecordError(path, f"source.kernels.{index}.digest", found, STALE)
 
 
-def _is_same_code(kernel: Kernel, commit: str) -> bool:
-    """Whether this tree's sources compile, with the kernel's options, to what was measured at ``commit``."""
-    from mla_kernels.compiler import CompileError, KernelConfig, ToolMissing, compile_kernel, instructions
+def _compiled(kernel: Kernel) -> CompiledKernel | None:
+    """This tree's sources compiled with the kernel's options, None where they do not."""
+    from mla_kernels.compiler import CompileError, KernelConfig, compile_kernel
 
     defines = re.findall(r"^-D(\w+)=(\d+)$", "\n".join(kernel.options), re.MULTILINE)
     config = KernelConfig(
         kernel.source, tuple((name, int(value)) for name, value in defines), kernel.name, 0, 0
     )
     try:
-        now = compile_kernel(config)
-        if now.sha256 == kernel.cubin_sha256:
-            return True
+        return compile_kernel(config)
+    except (CompileError, ImportError):  # or there is no compiler
+        return None
+
+
+def _is_what_was_measured(now: CompiledKernel, kernel: Kernel, commit: str) -> bool:
+    """Whether ``now`` is the cubin measured at ``commit``, or has its instructions."""
+    from mla_kernels.compiler import CompileError, ToolMissing, compile_kernel, instructions
+
+    if now.sha256 == kernel.cubin_sha256:
+        return True
+    try:
         with tempfile.TemporaryDirectory() as folder:
-            then = compile_kernel(config, sources_at(commit, Path(folder)))
+            then = compile_kernel(now.config, sources_at(commit, Path(folder)))
         return then.sha256 == kernel.cubin_sha256 and instructions(then) == instructions(now)
-    except (CompileError, ImportError, ToolMissing, UnknownCommit):  # or there is no compiler
+    except (CompileError, ToolMissing, UnknownCommit):
         return False
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import functools
 import importlib.metadata
-import io
 import os
 import platform
 import re
@@ -64,13 +63,12 @@ def _git(*arguments: str) -> str:
 
 def sources_at(revision: str, folder: Path) -> Path:
     """The CUDA sources of a commit, unpacked into ``folder``: where they are. Raises UnknownCommit."""
+    archive = folder / "sources.tar"
     try:
-        archive = subprocess.run(
-            ["git", "-C", ROOT, "archive", revision, "mla_kernels/cuda"], check=True, capture_output=True
-        ).stdout
+        _git("archive", f"--output={archive}", revision, "mla_kernels/cuda")
     except (OSError, subprocess.CalledProcessError) as error:
         raise UnknownCommit(f"git has no commit {revision} of {ROOT}: fetch the whole history") from error
-    with tarfile.open(fileobj=io.BytesIO(archive)) as unpacked:
+    with tarfile.open(archive) as unpacked:
         unpacked.extractall(folder, filter="data")
     return folder / "mla_kernels" / "cuda"
 

@@ -13,26 +13,28 @@ from mla_kernels.measure.hardware import HARDWARE, load_hardware
 from mla_kernels.measure.records import RecordError, Source, save_record
 
 
+def entry(template, config, **fields):
+    """What a record says of a kernel of this tree; ``fields`` change it."""
+    from mla_kernels.compiler import compile_options, source_digest
+
+    own = {
+        "name": config.name,
+        "source": config.source,
+        "digest": source_digest(config.source),
+        "options": list(compile_options(config)),
+    }
+    return template.model_copy(update=own | fields)
+
+
 @pytest.fixture
 def make_fresh(make_record):
     """A record of the kernels of this tree; ``fields`` change the first of them."""
-    from mla_kernels.compiler import compile_options, source_digest
     from mla_kernels.decode import shipped_configs
     from mla_kernels.launch import STREAM_READ
 
     def make(**fields):
         template = make_record().source.kernels[0]
-        kernels = [
-            template.model_copy(
-                update={
-                    "name": config.name,
-                    "source": config.source,
-                    "digest": source_digest(config.source),
-                    "options": list(compile_options(config)),
-                }
-            )
-            for config in (*shipped_configs(), STREAM_READ)
-        ]
+        kernels = [entry(template, config) for config in (*shipped_configs(), STREAM_READ)]
         kernels[0] = kernels[0].model_copy(update=fields)
         return make_record(source=Source(kernels=kernels))
 
@@ -76,7 +78,7 @@ def test_other_text_of_the_same_machine_code_is_fresh(make_fresh):
 @pytest.fixture
 def measured_elsewhere(tmp_path, monkeypatch, make_record):
     """A record of stream_read.cu at a commit where ``before`` read ``after`` in it."""
-    from mla_kernels.compiler import CUDA_DIR, compile_kernel, compile_options
+    from mla_kernels.compiler import CUDA_DIR, compile_kernel
     from mla_kernels.launch import STREAM_READ
 
     def measure(before, after):
@@ -89,17 +91,10 @@ def measured_elsewhere(tmp_path, monkeypatch, make_record):
             who = ("-c", "user.name=nobody", "-c", "user.email=nobody@example.com")
             subprocess.run(["git", *who, *arguments], cwd=tmp_path, check=True)
         monkeypatch.setattr(provenance, "ROOT", tmp_path)
-        fields = {
-            "name": STREAM_READ.name,
-            "source": STREAM_READ.source,
-            "digest": "0" * 64,
-            "options": list(compile_options(STREAM_READ)),
-            "cubin_sha256": compile_kernel(STREAM_READ, sources).sha256,
-        }
-        template = make_record()
-        kernel = template.source.kernels[0].model_copy(update=fields)
-        run = template.run.model_copy(update={"commit": provenance._git("rev-parse", "HEAD")})
-        return template.model_copy(update={"source": Source(kernels=[kernel]), "run": run})
+        record, code = make_record(), compile_kernel(STREAM_READ, sources).sha256
+        kernel = entry(record.source.kernels[0], STREAM_READ, digest="0" * 64, cubin_sha256=code)
+        run = record.run.model_copy(update={"commit": provenance._git("rev-parse", "HEAD")})
+        return record.model_copy(update={"source": Source(kernels=[kernel]), "run": run})
 
     return measure
 
