@@ -68,6 +68,11 @@ class ResourceReport:
     utmaldg: int  # TMA loads
     instructions: int
 
+    @property
+    def code_bytes(self) -> int:
+        """16 an instruction."""
+        return 16 * self.instructions
+
 
 def cache_directory() -> Path:
     """``MLA_KERNELS_CACHE``, or ``mla_kernels`` under the user's cache directory."""

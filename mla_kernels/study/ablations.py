@@ -14,8 +14,6 @@ from mla_kernels.measure.records import Record
 
 from . import style
 
-INSTRUCTION_BYTES = 16
-
 
 def resources(element: str = "bf16") -> pd.DataFrame:
     """What the compiler made of each shipped variant, read from cubins compiled here (no GPU needed)."""
@@ -33,7 +31,7 @@ def resources(element: str = "bf16") -> pd.DataFrame:
                 "LDL + STL": report.local_loads + report.local_stores,
                 "HGMMA": report.hgmma,
                 "UTMALDG": report.utmaldg,
-                "code, KB": report.instructions * INSTRUCTION_BYTES / 1024,
+                "code, KB": report.code_bytes / 1024,
             }
         )
     return pd.DataFrame(rows)
