@@ -59,6 +59,10 @@ class Grid:
         return self.groups // self.items if self.items < self.groups else 0
 
 
+# What every call takes for a page of 64 tokens, whoever reads it: 64 * 1,152 bytes at an H100's 3.05 TB/s.
+PAGE_US = 0.0242
+
+
 @dataclass(frozen=True)
 class Cost:
     """What a call takes by a variant, in microseconds: the model that chooses between them.
@@ -84,10 +88,6 @@ class Cost:
         merge = self.merge_us if share.split else 0.0
         # the larger of the two, and somewhat more where both press
         return self.start_us + merge + ((share.tiles * self.tile_us) ** 4 + (pages * PAGE_US) ** 4) ** 0.25
-
-
-# What every call takes for a page of 64 tokens, whoever reads it: 64 * 1,152 bytes at an H100's 3.05 TB/s.
-PAGE_US = 0.0242
 
 
 @dataclass(frozen=True)

@@ -171,14 +171,12 @@ class DecodeTuning:
     def most_parts(self) -> int:
         """Of an item, so that a unit of each and its rows' stats have room in the ring (cuda/merge.cuh)."""
         (_, values), (_, rotary), *_ = self.shared_plan()
-        room, unit = (
-            values + rotary,
-            (2 if self.rows == 64 else 1) * 512 + 8 * 4,
-        )  # each value warp has a scale
-        own_rows, warps = (self.rows, 1) if self.rows < 64 else (16, 2)  # of a warp; that a slice touches
-        most = room // (unit + warps * own_rows * 12)
+        room = values + rotary
+        unit = (2 if self.rows == 64 else 1) * 512 + 8 * 4  # and each value warp has a scale
+        warp_rows, warps = (self.rows, 1) if self.rows < 64 else (16, 2)  # warps: that a slice may touch
+        most = room // (unit + warps * warp_rows * 12)
         # Of 64 rows a half has 128 units in fp32: from as many parts on, a slice is one, of one warp.
-        return room // (unit + own_rows * 12) if self.rows == 64 and most >= 128 else most
+        return room // (unit + warp_rows * 12) if self.rows == 64 and most >= 128 else most
 
     @property
     def cluster_ctas(self) -> int:
