@@ -9,7 +9,7 @@ import pytest
 from mla_kernels.compiler import CUDA_DIR
 from tests import simulators
 from tests.rings import IN_PIECES, SHORTEST, build
-from tests.simulators import DEADLOCK, HOST, TOO_MANY, play
+from tests.simulators import DEADLOCK, HOST, TOO_MANY, play, spoiled
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to run the warps on the CPU")
 
@@ -180,14 +180,14 @@ def test_a_fault_is_seen(fault: Fault, tmp_path: Path) -> None:
 
 def test_a_warp_waits_for_every_use_of_its_slots(tmp_path: Path) -> None:
     """Once a warp loaded a group and not slots: with five slots it waited for every other use of them."""
-    headers = tmp_path / "cuda"
-    shutil.copytree(CUDA_DIR, headers)
-    path = headers / "producer.cuh"
-    own_slots = "if (loader_of(slot) != warp) continue;"
-    assert own_slots in path.read_text()
-    path.write_text(path.read_text().replace(own_slots, "if (g != warp) continue;"))
-    complaints = play(build(tmp_path, 16, headers=headers, **IN_PIECES[16]), cases=1000)
-    assert complaints in (TOO_MANY, OTHERS_BOX, DEADLOCK)
+    fault = Fault(
+        "if (loader_of(slot) != warp) continue;",
+        "if (g != warp) continue;",
+        (TOO_MANY, OTHERS_BOX, DEADLOCK),
+        rows=16,
+    )
+    rings = build(tmp_path, fault.rows, headers=spoiled(fault, tmp_path), **IN_PIECES[fault.rows])
+    assert play(rings, cases=1000) in fault.complaints
 
 
 def test_a_ring_too_short_is_seen(tmp_path: Path) -> None:
